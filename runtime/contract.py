@@ -1,0 +1,229 @@
+"""The contract: sizes of a CapHuman model, and every graph's tensors as they follow from them.
+
+Export writes these names, shapes and dtypes; backends verify them; quantisation reads them.
+The tiny golden nets, the embedded miniature and full SD-1.5 are three values of one `Config`.
+"""
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+RESIDUALS = 13  # CapFace residuals: 12 input blocks and the middle block
+TEXT_TOKENS = 77  # CLIP's window; longer prompts use a multiple of it
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes shared by the UNet and by CapFace, which is a copy of its encoder."""
+
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_levels: tuple[int, ...] = (0, 1, 2)  # level k works at latent size / 2**k
+    num_heads: int = 8
+    norm_groups: int = 32
+    context_width: int = 768
+    hint_channels: int = 9  # normal, albedo, rendered
+    hint_widths: tuple[int, ...] = (16, 32, 96, 256)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """CLIP text encoder; its width must equal the UNet's context width."""
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    vocabulary: int = 49408
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """CLIP vision encoder, or the miniature's patch encoder of the same form."""
+
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    image_size: int = 224  # px
+    patch_size: int = 14  # px
+
+    @property
+    def tokens(self) -> int:
+        """Patch tokens plus the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """KL autoencoder of Latent Diffusion, eight pixels to a latent cell."""
+
+    channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    norm_groups: int = 32
+    latent_channels: int = 4
+    latent_scale: float = 0.18215  # scaled latent = latent_scale * mean
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell along one edge."""
+        return int(2 ** (len(self.channel_mult) - 1))
+
+
+@dataclass(frozen=True)
+class Config:
+    """One CapHuman model. Defaults are the official full size."""
+
+    height: int = 512  # px
+    width: int = 512  # px
+    identity_width: int = 512  # length of the face-recognition vector
+    unet: UNetConfig = UNetConfig()
+    text: TextConfig = TextConfig()
+    vision: VisionConfig = VisionConfig()
+    vae: VaeConfig = VaeConfig()
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, rows, columns) of one latent."""
+        return self.vae.latent_channels, self.height // self.vae.downscale, self.width // self.vae.downscale
+
+    @property
+    def face_tokens(self) -> int:
+        """Tokens that CapFace reads: image tokens, then one identity token."""
+        return self.vision.tokens + 1
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict that `from_json` turns back into an equal config."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Config":
+        """Rebuild a config; unknown or missing keys raise TypeError."""
+        parts = {"unet": UNetConfig, "text": TextConfig, "vision": VisionConfig, "vae": VaeConfig}
+        fields = {k: parts[k](**_tuples(v)) if k in parts else v for k, v in data.items()}
+        return cls(**fields)
+
+
+FULL = Config()
+TINY = Config(  # the golden vectors' nets
+    height=128, width=128,
+    unet=UNetConfig(model_channels=32, context_width=64),
+    text=TextConfig(width=64, layers=3, heads=4),
+    vision=VisionConfig(width=64, layers=3, heads=4),
+    vae=VaeConfig(channels=32),
+)
+NANO = Config(  # the embedded miniature
+    height=256, width=256, identity_width=128,
+    unet=UNetConfig(model_channels=32, channel_mult=(1, 2, 3, 4), attention_levels=(1, 2), num_heads=2,
+                    norm_groups=8, context_width=64, hint_widths=(8, 16, 32, 64)),
+    text=TextConfig(width=64, layers=2, heads=4),
+    vision=VisionConfig(width=128, layers=3, heads=4, image_size=96, patch_size=12),
+    vae=VaeConfig(channels=16, num_res_blocks=1, norm_groups=8),
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph's input or output. A string in the shape is a symbolic length."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A graph's name (also its folder in the bundle), inputs and outputs in order."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def graphs(config: Config) -> dict[str, GraphSpec]:
+    """Every graph that a bundle of this size may hold, by name."""
+    specs = (*_perception_graphs(config), *_encoder_graphs(config), *_denoiser_graphs(config), *_decoder_graphs(config))
+    return {spec.name: spec for spec in specs}
+
+
+def residual_shapes(config: Config) -> list[tuple[int, int, int]]:
+    """(channels, rows, columns) of the 13 CapFace residuals, in input-block order, middle last."""
+    unet, (_, rows, columns) = config.unet, config.latent_shape
+    shapes = [(unet.model_channels, rows, columns)]
+    for level, mult in enumerate(unet.channel_mult):
+        width = mult * unet.model_channels
+        shapes += [(width, rows >> level, columns >> level)] * unet.num_res_blocks
+        if level < len(unet.channel_mult) - 1:
+            shapes.append((width, rows >> level + 1, columns >> level + 1))
+    return [*shapes, shapes[-1]]
+
+
+def _perception_graphs(config: Config) -> list[GraphSpec]:
+    return [
+        GraphSpec("face_detector", (TensorSpec("image", (1, 128, 128, 3)),),
+                  (TensorSpec("regressors", (1, 896, 16)), TensorSpec("scores", (1, 896, 1)))),
+        GraphSpec("face_landmarks", (TensorSpec("image", (1, 256, 256, 3)),),
+                  (TensorSpec("landmarks", (1, 478, 3)), TensorSpec("presence", (1, 1)))),
+        GraphSpec("face_blendshapes", (TensorSpec("landmarks", (1, 146, 2)),), (TensorSpec("scores", (52,)),)),
+        GraphSpec("id_encoder", (TensorSpec("face", (1, 3, 112, 112)),),
+                  (TensorSpec("identity", (1, config.identity_width)),)),
+    ]
+
+
+def _encoder_graphs(config: Config) -> list[GraphSpec]:
+    vision, text, unet = config.vision, config.text, config.unet
+    channels, rows, columns = (unet.model_channels, *config.latent_shape[1:])
+    image_tokens = TensorSpec("image_tokens", (1, vision.tokens, vision.width))
+    return [
+        GraphSpec("image_encoder", (TensorSpec("pixel_values", (1, 3, vision.image_size, vision.image_size)),),
+                  (TensorSpec("last_hidden_state", image_tokens.shape),)),
+        GraphSpec("text_encoder", (TensorSpec("input_ids", ("batch", TEXT_TOKENS), "int64"),),
+                  (TensorSpec("last_hidden_state", ("batch", TEXT_TOKENS, text.width)),)),
+        GraphSpec("hint_encoder",
+                  (TensorSpec("maps", (1, unet.hint_channels, config.height, config.width)), image_tokens,
+                   TensorSpec("identity", (1, config.identity_width))),
+                  (TensorSpec("hint", (1, channels, rows, columns)), TensorSpec("mask", (1, 1, rows, columns)),
+                   *_gates(config), _face_tokens(config))),
+    ]
+
+
+def _denoiser_graphs(config: Config) -> list[GraphSpec]:
+    """The fused denoiser, and its split form: capface, unet.
+
+    `residual_*` are CapFace's raw outputs; who calls the split form scales, gates and sums them.
+    """
+    latent = TensorSpec("latent", (1, *config.latent_shape))
+    timestep = TensorSpec("timestep", (1,))  # 0..999, float so that every backend takes it
+    text = TensorSpec("text_tokens", ("batch", "tokens", config.unet.context_width))
+    hint = TensorSpec("hint", (1, config.unet.model_channels, *config.latent_shape[1:]))
+    eps = TensorSpec("eps", ("batch", *config.latent_shape))
+    residuals = tuple(TensorSpec(f"residual_{i:02}", (1, *shape)) for i, shape in enumerate(residual_shapes(config)))
+    return [
+        GraphSpec("denoiser", (latent, timestep, text, _face_tokens(config), hint, *_gates(config),
+                               TensorSpec("scales", (RESIDUALS,))), (eps,)),
+        GraphSpec("capface", (latent, timestep, _face_tokens(config), hint), residuals),
+        GraphSpec("unet", (latent, timestep, text, *residuals), (eps,)),
+    ]
+
+
+def _decoder_graphs(config: Config) -> list[GraphSpec]:
+    latent = TensorSpec("latent_sample", (1, *config.latent_shape))
+    rows, columns = config.latent_shape[1:]
+    return [
+        GraphSpec("vae_decoder", (latent,), (TensorSpec("sample", (1, 3, config.height, config.width)),)),
+        GraphSpec("preview_decoder", (latent,), (TensorSpec("sample", (1, 3, rows, columns)),)),
+    ]
+
+
+def _gates(config: Config) -> tuple[TensorSpec, ...]:
+    """0/1 gates, one a level: `gate_k` at latent size / 2**k."""
+    rows, columns = config.latent_shape[1:]
+    levels = range(len(config.unet.channel_mult))
+    return tuple(TensorSpec(f"gate_{k}", (1, 1, rows >> k, columns >> k)) for k in levels)
+
+
+def _face_tokens(config: Config) -> TensorSpec:
+    return TensorSpec("face_tokens", (1, config.face_tokens, config.unet.context_width))
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
