@@ -117,7 +117,7 @@ NANO = Config(  # the embedded miniature
                     norm_groups=8, context_width=64, hint_widths=(8, 16, 32, 64)),
     text=TextConfig(width=64, layers=2, heads=4),
     vision=VisionConfig(width=128, layers=3, heads=4, image_size=96, patch_size=12),
-    vae=VaeConfig(channels=16, num_res_blocks=1, norm_groups=8),
+    vae=VaeConfig(channels=24, num_res_blocks=1, norm_groups=8),
 )
 
 

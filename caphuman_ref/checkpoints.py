@@ -1,0 +1,123 @@
+"""Reading checkpoints safely, and loading them strictly.
+
+Pickled checkpoints are read with torch's weights-only unpickler, so a file cannot run code.
+"""
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from caphuman_edge.ref.caphuman import CapHuman
+from caphuman_edge.runtime.errors import CheckpointError
+
+SCHEDULE_BUFFERS = frozenset((  # recomputed by the sampler; every Latent Diffusion checkpoint carries them
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "logvar", "lvlb_weights"))
+TRAINING_PREFIXES = ("model_ema.", "loss.")  # second copies and discriminators of published SD and VAE files
+FOREIGN_PACKAGE = "pytorch_lightning."  # its class names occur beside the weights in SD 1.x files
+NAMES_SHOWN = 5
+POSE_PREFIX = "control_model."  # of published ControlNets
+
+
+def load_official(model: CapHuman, caphuman: Path, stable_diffusion: Path | None = None, vae: Path | None = None,
+                  pose_net: Path | None = None) -> None:
+    """Fill a model from official files. Later ones override: SD its UNet, VAE and text encoder, then the VAE alone."""
+    weights = read_checkpoint(caphuman)
+    weights |= read_checkpoint(stable_diffusion) if stable_diffusion else {}
+    weights |= prefixed(read_checkpoint(vae), "first_stage_model.") if vae else {}
+    if pose_net:
+        published = without_prefix(read_checkpoint(pose_net), POSE_PREFIX)
+        weights |= prefixed(published, "pose_control_model.")
+    load_strictly(model, weights, " + ".join(path.name for path in (caphuman, stable_diffusion, vae, pose_net) if path))
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Tensors by name of a .safetensors, .ckpt, .pt, .pth or .bin file, without leftovers that no model of ours has.
+
+    A nested `state_dict` is unwrapped. Raises CheckpointError if the file is missing or is no checkpoint.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist, expected a checkpoint file; check the path")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} holds no plain table of tensors, expected one; pass a model's checkpoint")
+    return {name: value for name, value in content.items() if not is_leftover(name)}
+
+
+def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy weights into the module; any unknown, missing or mis-shaped name is a CheckpointError that tells them.
+
+    `source` names the weights in that message. Leftovers (see `is_leftover`) may be there or not.
+    """
+    wanted = {name: tensor for name, tensor in module.state_dict().items() if not is_leftover(name)}
+    given = {name: tensor for name, tensor in weights.items() if not is_leftover(name)}
+    problems = [
+        _listing("unknown", given.keys() - wanted.keys()),
+        _listing("missing", wanted.keys() - given.keys()),
+        _listing("mis-shaped", _shape_conflicts(given, wanted)),
+    ]
+    if any(problems):
+        raise CheckpointError(f"{source} does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}; "
+                              "pass the matching checkpoint or config")
+    module.load_state_dict(given, strict=False)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a name is a schedule buffer, a position index, or a training state that no weights depend on."""
+    return name in SCHEDULE_BUFFERS or name.endswith(".position_ids") or name.startswith(TRAINING_PREFIXES)
+
+
+def prefixed(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The same tensors under a module's prefix."""
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+def without_prefix(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The same tensors without the prefix, where a name has it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file ({error}), expected one; download it again") from error
+
+
+def _read_pickle(path: Path) -> object:
+    try:
+        with torch.serialization.safe_globals(_foreign_names(path)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} cannot be read as weights ({reason}), expected a PyTorch checkpoint; "
+                              "convert it to .safetensors or download it again") from error
+
+
+def _foreign_names(path: Path) -> list[tuple[type, str]]:
+    """Stand-ins for training classes that a checkpoint names beside its weights."""
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return [(_Foreign, name) for name in names if name.startswith(FOREIGN_PACKAGE)]
+
+
+class _Foreign:
+    """Stands in for a class that we neither have nor need; it does nothing."""
+
+
+def _shape_conflicts(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    return [f"{name} is {tuple(given[name].shape)} not {tuple(wanted[name].shape)}"
+            for name in given.keys() & wanted.keys() if given[name].shape != wanted[name].shape]
+
+
+def _listing(kind: str, names: Iterable[str]) -> str:
+    """`kind (count): first names`, or nothing."""
+    ordered = sorted(names)
+    shown = ", ".join(ordered[:NAMES_SHOWN]) + (", ..." if len(ordered) > NAMES_SHOWN else "")
+    return f"{len(ordered)} {kind} ({shown})" if ordered else ""

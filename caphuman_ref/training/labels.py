@@ -1,0 +1,87 @@
+"""What `export.labels` wrote, as batches: pairs of different pictures of one identity.
+
+A label folder holds `labels.npz` (crops, identities, captions, face masks, names), `latents.npz`
+(latents of one autoencoder) and `maps.npy` (condition maps of each picture's head, worn by its partner).
+"""
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from caphuman_edge.ref.clip import IMAGE_MEAN, IMAGE_STD
+
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch on the model's device."""
+
+    latents: Tensor  # (b, 4, h, w) scaled latents of the targets
+    maps: Tensor  # (b, 9, H, W) the target's pose, expression, camera and light on the reference's head
+    masks: Tensor  # (b, 1, h, w) 1 on the target's face
+    crops: Tensor  # (b, 3, s, s) the reference's face on white, normalised as CLIP's input
+    identities: Tensor  # (b, d) the reference's face-recognition vector
+    captions: Tensor  # (b, 77) token ids of the target's caption
+
+
+class Labels:
+    """A label folder in memory (maps stay memory-mapped)."""
+
+    def __init__(self, folder: Path):
+        with np.load(folder / "labels.npz") as labels, np.load(folder / "latents.npz") as latents:
+            if not np.array_equal(labels["names"], latents["names"]):
+                raise ValueError(f"{folder}: latents.npz belongs to other labels; run `export.labels encode` again")
+            self.latents = latents["latents"] * latents["step"]  # int8 codes to scaled latents
+            self.config = json.loads(str(latents["config"]))
+            self.names, self.identities = labels["names"], labels["identities"].astype(np.float32)
+            self.masks = np.unpackbits(labels["masks"], axis=-1).astype(np.float32)
+            self.captions = labels["captions"].astype(np.int64)  # (n, variants, 77)
+            self.empty_caption = labels["empty_caption"].astype(np.int64)
+            self.crops = _decode_jpegs(labels["crops"], labels["crop_ends"])
+        self.maps = np.load(folder / "maps.npy", mmap_mode="r")
+        self.others = _others_of_same_identity(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batch(self, size: int, rng: np.random.Generator, device: torch.device, text_dropout: float) -> Batch:
+        """Random targets, each with a reference from another picture of the same identity.
+
+        An identity seen in one picture only is its own reference, mirrored, so that no pixel can be copied across.
+        """
+        targets = rng.integers(len(self), size=size)
+        references = np.array([rng.choice(self.others[i]) if len(self.others[i]) else i for i in targets])
+        crops = self.crops[references]
+        mirrored = (references == targets) | (rng.random(size) < 0.3)
+        crops[mirrored] = crops[mirrored, :, ::-1]
+        captions = self.captions[targets, rng.integers(self.captions.shape[1], size=size)]
+        captions[rng.random(size) < text_dropout] = self.empty_caption
+        order = np.argsort(targets)  # neighbours in the memory map are read together
+        arrays = (self.latents[targets], self.maps[targets[order]][np.argsort(order)],
+                  self.masks[targets].reshape(size, 1, *self.latents.shape[2:]),
+                  normalise(crops), self.identities[references], captions)
+        latents, maps, masks, pixels, identities, ids = (torch.from_numpy(a).to(device) for a in arrays)
+        return Batch(latents.float(), maps.float(), masks, pixels, identities, ids)
+
+
+def normalise(crops: np.ndarray) -> np.ndarray:
+    """(b, s, s, 3) uint8 to (b, 3, s, s) float32 with CLIP's mean and standard deviation."""
+    scaled = (crops.astype(np.float32) / 255 - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+def _decode_jpegs(blob: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    starts = np.concatenate([[0], ends[:-1]])
+    return np.stack([np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes())))
+                     for a, b in zip(starts, ends, strict=True)])
+
+
+def _others_of_same_identity(names: np.ndarray) -> list[np.ndarray]:
+    """For each picture `NNNNN[_x]`, the indices of the other pictures with the same seed NNNNN."""
+    seeds = np.array([int(name[:5]) for name in names])
+    return [np.flatnonzero((seeds == seed) & (names != name)) for seed, name in zip(seeds, names, strict=True)]

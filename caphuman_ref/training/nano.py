@@ -1,0 +1,88 @@
+"""Train the miniature: UNet, CapFace, mask head, text and patch encoders together, from scratch.
+
+    python -m caphuman_edge.ref.training.nano --labels DIR --out DIR --minutes 60
+
+Reference and target are different pictures of one identity, so that identity and pose are learnt apart.
+The loss is the noise error weighted by min-SNR-5 (Hang et al. 2023, eq. 8, in eps form) plus the mask error.
+"""
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from caphuman_edge.ref.caphuman import CapHuman, FaceCondition, face_gates
+from caphuman_edge.ref.sampler import alphas_cumprod
+from caphuman_edge.ref.training.labels import Batch, Labels
+from caphuman_edge.ref.training.run import Plan, Run
+from caphuman_edge.runtime.contract import NANO, Config, VaeConfig
+
+SNR_CEILING = 5.0
+MASK_WEIGHT = 0.1
+TEXT_DROPOUT = 0.15  # for classifier-free guidance
+IDENTITY_DROPOUT = 0.1  # as tau drops it in early steps
+MASK_BIAS = 2.0  # the gate begins open
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--labels", type=Path, required=True, help="folder written by `export.labels`")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser")
+    options = parser.parse_args()
+    labels = Labels(options.labels)
+    config = dataclasses.replace(NANO, vae=VaeConfig(**{k: tuple(v) if isinstance(v, list) else v
+                                                        for k, v in labels.config.items()}))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trainer = Trainer(config, labels, device, options.compile)
+    plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=options.learning_rate)
+    run = Run(options.out, trainer.model, plan, {"config": config.to_json()})
+    rng = np.random.default_rng(plan.seed + run.step)
+    torch.manual_seed(plan.seed + run.step)
+    run.train(lambda step: trainer.losses(labels.batch(plan.batch, rng, device, TEXT_DROPOUT)))
+
+
+class Trainer:
+    """The trainable model and its loss on one batch."""
+
+    def __init__(self, config: Config, labels: Labels, device: torch.device, compiled: bool):
+        self.labels = labels
+        self.model = CapHuman(config, autoencoder=False, mask_bias=MASK_BIAS).to(device)
+        self.model = self.model.to(memory_format=torch.channels_last)
+        self.alphas_cumprod = torch.from_numpy(alphas_cumprod()).float().to(device)
+        self.predict = torch.compile(self._predict) if compiled else self._predict
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Named loss terms of one batch; `loss` is the sum to minimise, `eps` the plain noise error."""
+        timestep = torch.randint(0, 1000, (len(batch.latents),), device=batch.latents.device)
+        alpha_bar = self.alphas_cumprod[timestep][:, None, None, None]
+        noise = torch.randn_like(batch.latents)
+        noisy = alpha_bar.sqrt() * batch.latents + (1 - alpha_bar).sqrt() * noise
+        with torch.autocast(noisy.device.type, torch.bfloat16):
+            eps, mask_logit = self.predict(noisy, timestep, batch)
+        error = (eps.float() - noise).square().mean(dim=(1, 2, 3))
+        snr = (alpha_bar / (1 - alpha_bar)).flatten()
+        weighted = (error * (SNR_CEILING / snr).clamp(max=1.0)).mean()
+        mask = F.binary_cross_entropy_with_logits(mask_logit.float(), batch.masks)
+        return {"loss": weighted + MASK_WEIGHT * mask, "eps": error.mean(), "mask": mask}
+
+    def _predict(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        model, control = self.model, self.model.control_model
+        hint = control.encode_hint(batch.maps)
+        logit = control.mask_predict[0](hint)
+        tokens = model.face_tokens(model.image_encoder(batch.crops), batch.identities)
+        kept = torch.rand(len(tokens), 1, 1, device=tokens.device) >= IDENTITY_DROPOUT
+        face = FaceCondition(tokens * kept, hint, face_gates(logit.detach().float().sigmoid(), len(model.config.unet.channel_mult)))
+        text = model.text_encoder(batch.captions)
+        return model(noisy, timestep, text, [face]), logit
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""One resumable training run: a folder, an optimiser, an exponential moving average, a clock.
+
+The folder holds `state.pt` (everything needed to go on), `log.jsonl` and `weights.safetensors`
+(EMA weights in float16, with the model's config and the samples seen as metadata).
+"""
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast to train."""
+
+    minutes: float  # wall clock of this call; a later call goes on
+    batch: int = 16
+    learning_rate: float = 5e-4
+    warmup: int = 200  # steps
+    decay_steps: int = 20_000  # cosine decay to a tenth over this many steps
+    ema: float = 0.998
+    seed: int = 0
+    save_every: float = 120.0  # seconds
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step: linear warm-up, then cosine decay to a tenth."""
+        progress = min(1.0, step / self.decay_steps)
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+class Run:
+    """Trains `model` by a loss function until the clock, a signal or the end of the plan."""
+
+    def __init__(self, folder: Path, model: nn.Module, plan: Plan, metadata: dict[str, Any]):
+        self.folder, self.model, self.plan, self.metadata = folder, model, plan, metadata
+        self.optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(plan.ema))
+        self.step = self.samples = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "state.pt").exists():
+            self._resume()
+
+    def train(self, loss_of: Callable[[int], dict[str, Tensor]]) -> None:
+        """Repeat optimiser steps; `loss_of(step)` returns named terms, of which `loss` is minimised."""
+        saved = time.monotonic()
+        for _ in self._until_stopped():
+            terms = loss_of(self.step)
+            self._update(terms["loss"])
+            if self.step % 50 == 0:
+                self._log(terms)
+            if time.monotonic() - saved > self.plan.save_every:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+
+    def save(self) -> None:
+        """Write state and EMA weights; each file appears whole or not at all."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "average": self.average.state_dict(), "step": self.step, "samples": self.samples}
+        _write_whole(self.folder / "state.pt", lambda path: torch.save(state, path))
+        weights = {k: v.detach().half().cpu().contiguous() for k, v in self.average.module.state_dict().items()}
+        facts = {k: json.dumps(v) for k, v in {**self.metadata, "step": self.step, "samples": self.samples}.items()}
+        _write_whole(self.folder / "weights.safetensors", lambda path: save_file(weights, path, facts))
+
+    def _update(self, loss: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+        self.step += 1
+        self.samples += self.plan.batch
+
+    def _until_stopped(self) -> Iterator[None]:
+        stopped = False
+
+        def stop(*_: object) -> None:
+            nonlocal stopped
+            stopped = True
+
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        self.started, self.first_step = time.monotonic(), self.step
+        while not stopped and time.monotonic() - self.started < 60 * self.plan.minutes:
+            yield
+
+    def _log(self, terms: dict[str, Tensor]) -> None:
+        speed = (self.step - self.first_step) * self.plan.batch / (time.monotonic() - self.started)
+        line = {"step": self.step, "samples": self.samples, "samples_per_s": round(speed, 2),
+                **{k: round(float(v.detach()), 5) for k, v in terms.items()}}
+        with open(self.folder / "log.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
+        print(line, file=sys.stderr, flush=True)
+
+    def _resume(self) -> None:
+        state = torch.load(self.folder / "state.pt", map_location=next(self.model.parameters()).device)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
+        self.step, self.samples = state["step"], state["samples"]
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    part = path.with_suffix(".part")
+    write(part)
+    os.replace(part, path)

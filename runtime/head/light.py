@@ -1,0 +1,31 @@
+"""Light as nine spherical-harmonic coefficients a colour, in the order 1, x, y, z, xy, xz, yz, x2-y2, 3z2-1."""
+import numpy as np
+from jaxtyping import Float, Float32
+
+from caphuman_edge.runtime.render.maps import SH_FACTORS
+
+# Expansion of max(0, cos) in Legendre polynomials: 1/4, 1/2 cos, 5/32 (3 cos^2 - 1) (Ramamoorthi and Hanrahan 2001)
+CONSTANT, LINEAR, QUADRATIC = 1 / 4, 1 / 2, 5 / 32
+
+
+def directional_light(azimuth: float, elevation: float, strength: float = 0.6, ambient: float = 0.55,
+                      colour: tuple[float, float, float] = (1, 1, 1)) -> Float32[np.ndarray, "9 3"]:
+    """A distant lamp and even light around it, for `HeadCode.lit`.
+
+    azimuth: degrees, 0 from the viewer, + from image right; elevation: degrees, + from above.
+    A white surface that faces the lamp shows about strength + ambient.
+    """
+    (side, ahead), (up, level) = ((np.sin(a), np.cos(a)) for a in np.radians([azimuth, elevation]))
+    x, y, z = side * level, up, ahead * level
+    shading = strength * np.array([
+        CONSTANT, LINEAR * x, LINEAR * y, LINEAR * z, 6 * QUADRATIC * x * y, 6 * QUADRATIC * x * z,
+        6 * QUADRATIC * y * z, 3 / 2 * QUADRATIC * (x * x - y * y), QUADRATIC / 2 * (3 * z * z - 1)])
+    shading[0] += ambient
+    return np.asarray(np.outer(shading / SH_FACTORS, colour), np.float32)
+
+
+def shading_basis(normals: Float[np.ndarray, "n 3"]) -> Float32[np.ndarray, "n 9"]:
+    """What each coefficient of the light adds to the shading of surfaces with these normals."""
+    x, y, z = normals.T
+    terms = np.stack([np.ones_like(x), x, y, z, x * y, x * z, y * z, x * x - y * y, 3 * z * z - 1], axis=1)
+    return np.asarray(terms * SH_FACTORS, np.float32)

@@ -1,0 +1,47 @@
+"""A photo as a subject: the face's framing, head code, identity vector and crop."""
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from .head import HeadCode, HeadModel, fit_head
+from .perception import FaceLandmarks, Perception
+
+FACE_HEIGHT = 0.52  # of the portrait's edge, forehead to chin
+FACE_CENTRE = (0.5, 0.56)  # of the portrait's edges, right and down
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One person as measured in one photo."""
+
+    photo: UInt8[np.ndarray, "h w 3"]  # framed as the head code says
+    face: FaceLandmarks  # in pixels of `photo`
+    head: HeadCode
+    identity: Float32[np.ndarray, "d"]  # unit vector of the face-recognition network
+    face_crop: Float32[np.ndarray, "3 s s"]  # input of the image encoder
+
+
+def measure_subject(see: Perception, model: HeadModel, photo: UInt8[np.ndarray, "h w 3"], crop_size: int,
+                    face_number: int | None = None, portrait: bool = True) -> Subject:
+    """Find one face and measure it.
+
+    `portrait` frames the photo as a square around the face first, as the embedded bundle was trained; otherwise the
+    head keeps its place in the whole photo. Raises FaceError where there is no face, or several and no `face_number`.
+    """
+    face = see.landmarks(photo, see.select(see.detect(photo), face_number))
+    framed, seen = portrait_frame(photo, face) if portrait else (photo, face)
+    return Subject(framed, seen, fit_head(model, seen, framed), see.identity(photo, face),
+                   see.face_crop(photo, face, crop_size))
+
+
+def portrait_frame(photo: UInt8[np.ndarray, "h w 3"],
+                   face: FaceLandmarks) -> tuple[UInt8[np.ndarray, "e e 3"], FaceLandmarks]:
+    """The square around a face in which it has the trained size and place; edges are repeated where it overhangs."""
+    low, high = face.points[:, :2].min(axis=0), face.points[:, :2].max(axis=0)
+    edge = max(2, round(float((high - low).max()) / FACE_HEIGHT))
+    left, top = np.rint((low + high) / 2 - edge * np.array(FACE_CENTRE)).astype(int)
+    rows = np.clip(np.arange(top, top + edge), 0, photo.shape[0] - 1)
+    columns = np.clip(np.arange(left, left + edge), 0, photo.shape[1] - 1)
+    points = face.points - np.array([left, top, 0], np.float32)
+    return photo[rows][:, columns], replace(face, points=points)

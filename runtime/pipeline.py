@@ -1,0 +1,178 @@
+"""From one photo, a head and a prompt to a portrait. Only this file knows the order of the stages."""
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from .backends import Arrays, Graph
+from .bundle import Bundle
+from .condition import condition_maps
+from .contract import RESIDUALS
+from .errors import BadInput
+from .head import HeadCode, HeadModel, load_head
+from .image import load_photo, resize, save_png
+from .noise import cuda_normal
+from .perceive import Subject, measure_subject
+from .perception import Perception
+from .render import Renderer, open_renderer
+from .schedule import DdimStep, ddim_step, ddim_steps, guided
+from .tokenizer import Tokenizer
+
+PERCEPTION_GRAPHS = ("face_detector", "face_landmarks", "face_blendshapes", "id_encoder")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about one portrait but the person and the head. None takes the bundle's default."""
+
+    prompt: str = ""
+    negative: str = ""
+    seed: int = 12345
+    steps: int | None = None
+    guidance: float | None = None  # 1 switches guidance off
+    strength: float = 1.0  # of all 13 CapFace residuals
+    tau: int = 0  # face tokens are dropped at timesteps above it; 0 never drops them
+    eta: float = 0.0  # 0 deterministic, 1 ancestral
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """A finished picture and the recipe that makes it again."""
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+    recipe: dict[str, object]
+
+    def save(self, path: str | Path) -> None:
+        """Write a PNG with the recipe in its text metadata."""
+        save_png(path, self.pixels, {"caphuman": json.dumps(self.recipe), "AI-generated": "true"})
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The state after one denoising step."""
+
+    index: int  # from 0
+    count: int
+    timestep: int
+    clean: Float32[np.ndarray, "1 c h w"]  # the clean latent that this step predicts
+    latent: Float32[np.ndarray, "1 c h w"]
+    pipeline: "Pipeline" = field(repr=False)
+    recipe: dict[str, object] = field(repr=False)
+
+    @property
+    def last(self) -> bool:
+        """Whether the portrait is finished."""
+        return self.index == self.count - 1
+
+    def preview(self) -> UInt8[np.ndarray, "h w 3"]:
+        """A cheap, coarse picture of what this step predicts, at full size."""
+        coarse = self.pipeline.decode(self.clean, "preview_decoder")
+        return resize(coarse, self.pipeline.bundle.config.width, self.pipeline.bundle.config.height, "bicubic")
+
+    @property
+    def image(self) -> Portrait:
+        """The portrait; before the last step, what it would be if one stopped here."""
+        return Portrait(self.pipeline.decode(self.latent if self.last else self.clean, "vae_decoder"), self.recipe)
+
+
+class Pipeline:
+    """A bundle ready to use; graphs load when first needed and stay loaded."""
+
+    def __init__(self, bundle: Bundle, backend: str = "ort", threads: int | None = None,
+                 renderer: Literal["auto", "gl", "numpy"] = "auto"):
+        self.bundle, self.backend, self.threads = bundle, backend, threads
+        self.head_model: HeadModel = load_head(bundle.file("head")) if "head" in bundle else load_head()
+        self.renderer: Renderer = open_renderer(renderer)
+        self.tokenizer = Tokenizer()
+        self._graphs: dict[str, Graph] = {}
+
+    def perceive(self, photo: str | Path | UInt8[np.ndarray, "h w 3"], face: int | None = None,
+                 portrait: bool = True) -> Subject:
+        """Measure the person in a photo; settings as in `perceive.measure_subject`."""
+        pixels = photo if isinstance(photo, np.ndarray) else load_photo(photo)
+        see = Perception(*(self.graph(name) for name in PERCEPTION_GRAPHS))
+        return measure_subject(see, self.head_model, pixels, self.bundle.config.vision.image_size, face, portrait)
+
+    def maps(self, head: HeadCode) -> Float32[np.ndarray, "9 h w"]:
+        """Normal, albedo and rendered maps of a head in the bundle's frame."""
+        return condition_maps(self.renderer, self.head_model, head, self.bundle.config.height, self.bundle.config.width)
+
+    def generate(self, subject: Subject, head: HeadCode | None = None, settings: Settings | None = None,
+                 **changes: object) -> Iterator[Step]:
+        """Denoise step by step; closing the generator cancels. `changes` are fields of Settings.
+
+        `head` is None for the subject's own. Raises BadInput for settings out of range.
+        """
+        chosen = self.settings(settings, **changes)
+        steps = ddim_steps(self.bundle.schedule, chosen.steps or 0, chosen.eta)
+        constants = self._constants(subject, subject.head if head is None else head, chosen)
+        recipe = self._recipe(chosen)
+        noises = self._noises(chosen.seed, steps)
+        latent = next(noises)
+        for index, (step, noise) in enumerate(zip(steps, noises, strict=True)):
+            eps = self._eps(latent, step.timestep, constants, chosen)
+            latent, clean = ddim_step(latent, eps, step, noise if step.sigma else None)
+            yield Step(index, len(steps), step.timestep, clean, latent, self, recipe)
+
+    def settings(self, settings: Settings | None = None, **changes: object) -> Settings:
+        """Settings with the bundle's defaults filled in, checked."""
+        schedule = self.bundle.schedule
+        given = dataclasses.replace(settings or Settings(), **changes)  # type: ignore[arg-type]
+        chosen = dataclasses.replace(given, steps=schedule.steps if given.steps is None else given.steps,
+                                     guidance=schedule.guidance if given.guidance is None else given.guidance)
+        for name, low, high in (("guidance", 0, 30), ("strength", 0, 2), ("tau", 0, 1000), ("eta", 0, 1),
+                                ("seed", 0, 2**63 - 1)):
+            value = getattr(chosen, name)
+            if not low <= value <= high:  # also refuses NaN
+                raise BadInput(f"{name} is {value}, expected {low} to {high}")
+        return chosen
+
+    def decode(self, latent: Float32[np.ndarray, "1 c h w"], decoder: str) -> UInt8[np.ndarray, "H W 3"]:
+        """A scaled latent as pixels, truncated as the official tool does."""
+        sample = self.graph(decoder)({"latent_sample": latent})["sample"][0]
+        return np.clip(sample * 127.5 + 127.5, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+    def graph(self, name: str) -> Graph:
+        """A graph of the bundle, loaded once."""
+        if name not in self._graphs:
+            self._graphs[name] = self.bundle.graph(name, self.backend, threads=self.threads)
+        return self._graphs[name]
+
+    def _constants(self, subject: Subject, head: HeadCode, settings: Settings) -> Arrays:
+        """What the denoiser reads at every step and no step changes."""
+        tokens = self.graph("image_encoder")({"pixel_values": subject.face_crop[None]})["last_hidden_state"]
+        person = self.graph("hint_encoder")({"maps": self.maps(head)[None], "image_tokens": tokens,
+                                             "identity": subject.identity[None]})
+        del person["mask"]
+        scales = np.full(RESIDUALS, settings.strength, np.float32)
+        return {**person, "text_tokens": self._text_tokens(settings), "scales": scales}
+
+    def _text_tokens(self, settings: Settings) -> Float32[np.ndarray, "b n c"]:
+        """The prompt's tokens; with guidance, the negative prompt's before them."""
+        texts = [settings.prompt] if settings.guidance == 1 else [settings.negative, settings.prompt]
+        ids = np.concatenate([self.tokenizer.encode(text) for text in texts])
+        return self.graph("text_encoder")({"input_ids": ids})["last_hidden_state"]
+
+    def _eps(self, latent: Float32[np.ndarray, "1 c h w"], timestep: int, constants: Arrays,
+             settings: Settings) -> Float32[np.ndarray, "1 c h w"]:
+        step: Arrays = {"latent": latent, "timestep": np.array([timestep], np.float32)}
+        if settings.tau and timestep > settings.tau:
+            step["face_tokens"] = np.zeros_like(constants["face_tokens"])
+        eps = self.graph("denoiser")({**constants, **step})["eps"]
+        return eps if len(eps) == 1 else guided(eps[1:], eps[:1], settings.guidance or 0.0)
+
+    def _noises(self, seed: int, steps: list[DdimStep]) -> Iterator[Float32[np.ndarray, "1 c h w"]]:
+        """The initial latent, then one draw a step, from one generator as on the official tool's GPU."""
+        shape = (1, *self.bundle.config.latent_shape)
+        for draw in range(1 + len(steps)):
+            yield cuda_normal(seed, shape, offset=draw)
+
+    def _recipe(self, settings: Settings) -> dict[str, object]:
+        return {**dataclasses.asdict(settings), "bundle": self.bundle.manifest.name, "bundle_sha256": self.bundle.digest,
+                "backend": self.backend, "made_with": f"caphuman-edge {version('caphuman-edge')}"}

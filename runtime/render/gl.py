@@ -1,0 +1,131 @@
+"""The condition maps on a GPU, or on Mesa's software driver: headless through EGL on Linux, natively elsewhere.
+
+The only file that imports moderngl, and it does so when a renderer is opened.
+"""
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from caphuman_edge import shaders
+
+from ..errors import MissingExtra, RenderError
+from .maps import AREA_EPSILON, Mesh, drawable_faces
+
+CORNER_LAYOUT = "3f 3f 2f 1f", "screen", "normal", "uv", "weight_sum"
+CORNER_BYTES = 9 * 4
+REMEDY = "on Debian and Ubuntu: apt-get install libegl1 libgl1-mesa-dri; elsewhere update the graphics driver"
+
+
+class GlRenderer:
+    """Draws with OpenGL 3.3. Every thread of the process that opened it may call it.
+
+    A GL context belongs to one thread, callers come on many (a slider UI has a pool of them). So the context lives on
+    a thread of its own, which also keeps it clear of whatever GL the caller uses.
+    """
+
+    notice = ""  # as the numpy renderer has; nothing stands in here
+
+    def __init__(self) -> None:
+        """Open a context and compile the shaders; raises MissingExtra or RenderError where that cannot be done."""
+        self._process = os.getpid()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="caphuman-gl")
+        try:
+            self._pass = self._thread.submit(_open_pass).result()
+        except Exception:
+            self._thread.shutdown()
+            raise
+        self.device = self._pass.device
+
+    def render_maps(self, mesh: Mesh, height: int, width: int) -> Float32[np.ndarray, "9 height width"]:
+        """See `numpy_raster.render_maps`. A forked child's copy raises RenderError: threads do not survive a fork."""
+        if os.getpid() != self._process:
+            raise RenderError("this GL renderer belongs to the parent process; open one in each worker, or use numpy")
+        return self._thread.submit(self._pass.draw, mesh, height, width).result()
+
+    def close(self) -> None:
+        """Free the context and end its thread."""
+        self._thread.submit(self._pass.context.release)
+        self._thread.shutdown()
+
+
+class MapPass:
+    """The GL objects of the one pass; texture and frame are kept until one of another size is asked for."""
+
+    def __init__(self, context: Any, dialect: shaders.Dialect) -> None:
+        """Compile for a moderngl context, which may be of OpenGL 3.3 or of ES 3.0 with EXT_color_buffer_float."""
+        self.context = context
+        self.device: str = context.info["GL_RENDERER"]
+        context.enable_only(context.DEPTH_TEST)
+        program = context.program(shaders.load("maps.vert", dialect), shaders.load("maps.frag", dialect))
+        self._light = program["light"]
+        self._corners = context.buffer(reserve=CORNER_BYTES, dynamic=True)
+        self._vertices = context.vertex_array(program, [(self._corners, *CORNER_LAYOUT)])
+        self._texture = context.texture((1, 1), 3, dtype="f4")
+        self._frame = _new_frame(context, (1, 1))
+
+    def draw(self, mesh: Mesh, height: int, width: int) -> Float32[np.ndarray, "9 height width"]:
+        """Upload a mesh, draw it and read its maps back."""
+        count = self._upload(mesh)
+        self._fit_frame((width, height))
+        self._frame.use()
+        self._frame.clear()
+        self._vertices.render(vertices=count)
+        return _read_maps(self._frame)
+
+    def _upload(self, mesh: Mesh) -> int:
+        corners = _pack_corners(mesh)
+        self._corners.orphan(max(corners.nbytes, CORNER_BYTES))
+        self._corners.write(corners)
+        self._light.write(mesh.light.tobytes())
+        self._fit_texture(mesh.texture.shape[:2])
+        self._texture.write(mesh.texture.tobytes())
+        self._texture.use()
+        return len(corners)
+
+    def _fit_texture(self, size: tuple[int, int]) -> None:
+        if self._texture.size != size:
+            self._texture.release()
+            self._texture = self.context.texture(size, 3, dtype="f4")
+
+    def _fit_frame(self, size: tuple[int, int]) -> None:
+        if self._frame.size != size:
+            for part in (*self._frame.color_attachments, self._frame.depth_attachment, self._frame):
+                part.release()
+            self._frame = _new_frame(self.context, size)
+
+
+def _open_pass() -> MapPass:
+    try:
+        import moderngl
+    except ImportError:
+        raise MissingExtra("moderngl", "gl", "the GL renderer") from None
+    backend: dict[str, Any] = {"backend": "egl"} if sys.platform.startswith("linux") else {}
+    try:
+        return MapPass(moderngl.create_standalone_context(require=330, **backend), "gl")
+    except Exception as error:  # moderngl raises nothing narrower
+        raise RenderError(f"OpenGL 3.3 cannot run here ({error}); {REMEDY}") from error
+
+
+def _new_frame(context: Any, size: tuple[int, int]) -> Any:
+    targets = [context.renderbuffer(size, 4, dtype="f4") for _ in ("normal", "albedo", "rendered")]
+    return context.framebuffer(targets, context.depth_renderbuffer(size))
+
+
+def _pack_corners(mesh: Mesh) -> Float32[np.ndarray, "corners 9"]:
+    """What the vertex stage reads, interleaved, three rows a face."""
+    drawn, screen, areas = drawable_faces(mesh)
+    weight_sums = np.broadcast_to((areas / (areas + AREA_EPSILON))[:, None, None], (len(drawn), 3, 1))
+    return np.concatenate(
+        [screen, mesh.normals[mesh.faces[drawn]], mesh.face_uv[drawn], weight_sums], axis=2
+    ).reshape(-1, 9)
+
+
+def _read_maps(frame: Any) -> Float32[np.ndarray, "9 height width"]:
+    width, height = frame.size
+    maps = [np.frombuffer(frame.read(components=4, attachment=k, dtype="f4"), np.float32) for k in range(3)]
+    rgba = np.stack(maps).reshape(3, height, width, 4)  # ES reads float pixels in fours only
+    return rgba[..., :3].transpose(0, 3, 1, 2).reshape(9, height, width)

@@ -1,0 +1,147 @@
+"""The condition maps in numpy: exact, and quick enough to feed a training.
+
+Every (face, pixel) pair whose pixel lies in the face's box is tested at once; there is no loop over faces.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int
+
+from .maps import AREA_EPSILON, DEPTH_OFFSET, SH_FACTORS, Mesh, drawable_faces
+
+Indices = Int[np.ndarray, " n"]
+Scalars = Float32[np.ndarray, " n"]
+Corners = Float32[np.ndarray, "faces 3 3"]  # (face, corner, xyz)
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """Faces over pixels, one pair a row."""
+
+    pixel: Indices  # row * width + column
+    face: Indices
+    weights: Float32[np.ndarray, "n 3"]  # barycentric; their sum is area / (area + 1e-8)
+    depth: Scalars  # z + 10
+
+
+@dataclass(frozen=True)
+class NumpyRenderer:
+    """The renderer that runs everywhere. It holds nothing, so threads and processes may share it."""
+
+    notice: str = ""  # why it stands in for GL, for the user to read
+    device: str = "numpy"
+
+    def render_maps(self, mesh: Mesh, height: int, width: int) -> Float32[np.ndarray, "9 height width"]:
+        """See `numpy_raster.render_maps`."""
+        return render_maps(mesh, height, width)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def render_maps(mesh: Mesh, height: int, width: int) -> Float32[np.ndarray, "9 height width"]:
+    """Normal, albedo and rendered map of a mesh, three channels each; exactly 0 where no face is.
+
+    Normals are interpolated, neither renormalised nor remapped; rendered = albedo * light may leave [0, 1].
+    """
+    seen = rasterize(mesh, height, width)
+    normal = np.einsum("nk,nkc->nc", seen.weights, mesh.normals[mesh.faces[seen.face]])
+    grid = np.einsum("nk,nkc->nc", seen.weights, texture_grid(mesh.face_uv)[seen.face])
+    albedo = sample_texture(mesh.texture, grid)
+    rendered = albedo * shade(normal, mesh.light)
+    maps = np.zeros((9, height * width), np.float32)
+    maps[:, seen.pixel] = np.concatenate([normal, albedo, rendered], axis=1).T
+    return maps.reshape(9, height, width)
+
+
+def rasterize(mesh: Mesh, height: int, width: int) -> Fragments:
+    """The nearest face at each covered pixel, in no particular order.
+
+    Pixel centres are ((2c+1)/width - 1, (2r+1)/height - 1). A face covers a centre strictly inside it, whichever way
+    the face winds. Equal depths go to the lower face index.
+    Source: pytorch3d's `rasterize_meshes` with blur 0, one face a pixel, no perspective correction.
+    """
+    drawn, corners, areas = drawable_faces(mesh)
+    face, row, column = _pixels_in_boxes(corners, height, width)
+    centre = _pixel_centres(width)[column], _pixel_centres(height)[row]
+    inside, weights = _barycentric(corners, areas + AREA_EPSILON, face, *centre)
+    face, pixel = face[inside], (row * width + column)[inside]
+    depth = np.einsum("nk,nk->n", weights, corners[face, :, 2] + DEPTH_OFFSET)
+    nearest = _nearest(pixel, face, depth, height * width)
+    return Fragments(pixel[nearest], drawn[face[nearest]], weights[nearest], depth[nearest])
+
+
+def texture_grid(face_uv: Float32[np.ndarray, "faces 3 2"]) -> Float32[np.ndarray, "faces 3 2"]:
+    """Texture coordinates as the official sampler takes them: [-1, 1], x right, y down."""
+    return (face_uv * 2 - 1) * np.array([1, -1], np.float32)
+
+
+def sample_texture(
+    texture: Float32[np.ndarray, "size size 3"], grid: Float32[np.ndarray, "n 2"]
+) -> Float32[np.ndarray, "n 3"]:
+    """Bilinear, 0 beyond the texture; -1 and 1 are the outer edges of its outer texels."""
+    size = len(texture)
+    padded = np.pad(texture, ((1, 1), (1, 1), (0, 0)))  # one ring of zeros is all that bilinear reaches
+    position = np.clip(((grid + 1) * size - 1) / 2, -1, size)  # in texels
+    texel = np.clip(np.floor(position), -1, size - 1).astype(np.intp)
+    right, down = (position - texel).astype(np.float32).T[..., None]
+    column, row = texel.T + 1
+    top = padded[row, column] * (1 - right) + padded[row, column + 1] * right
+    bottom = padded[row + 1, column] * (1 - right) + padded[row + 1, column + 1] * right
+    texels: Float32[np.ndarray, "n 3"] = top * (1 - down) + bottom * down
+    return texels
+
+
+def shade(normal: Float32[np.ndarray, "n 3"], light: Float32[np.ndarray, "9 3"]) -> Float32[np.ndarray, "n 3"]:
+    """Diffuse light on surfaces of these normals, which need not be of unit length."""
+    x, y, z = normal.T
+    basis = np.stack([np.ones_like(x), x, y, z, x * y, x * z, y * z, x * x - y * y, 3 * z * z - 1], axis=1)
+    irradiance: Float32[np.ndarray, "n 3"] = basis @ (SH_FACTORS[:, None] * light)
+    return irradiance
+
+
+def _pixel_centres(count: int) -> Scalars:
+    return (2 * np.arange(count, dtype=np.float32) + 1) / np.float32(count) - 1
+
+
+def _pixels_in_boxes(corners: Corners, height: int, width: int) -> tuple[Indices, Indices, Indices]:
+    """(face, row, column) of every pixel whose centre may lie in the face's box."""
+    frame = np.array([width, height])
+    margin = 1e-3  # px; more than float32 rounds off
+    a, b, c = (((corners[:, k, :2] + 1) * frame - 1) / 2 for k in range(3))  # in pixels
+    first = np.clip(np.ceil(np.minimum(np.minimum(a, b), c) - margin), 0, frame).astype(np.intp)
+    end = np.clip(np.floor(np.maximum(np.maximum(a, b), c) + margin) + 1, first, frame).astype(np.intp)
+    columns, rows = (end - first).T
+    count = columns * rows
+    face = np.repeat(np.arange(len(corners)), count)
+    step = np.arange(len(face)) - np.repeat(np.cumsum(count) - count, count)
+    row, column = np.divmod(step, columns[face])
+    return face, row + first[face, 1], column + first[face, 0]
+
+
+def _barycentric(
+    corners: Corners, areas: Float32[np.ndarray, " faces"], face: Indices, x: Scalars, y: Scalars
+) -> tuple[Bool[np.ndarray, " n"], Float32[np.ndarray, "inside 3"]]:
+    """Which pairs' points lie inside, and the weights of those."""
+    area = areas[face]
+    u, v, w = (_edge(corners[:, k - 2], corners[:, k - 1], face, x, y) / area for k in range(3))
+    inside = (u > 0) & (v > 0) & (w > 0)
+    return inside, np.stack([u[inside], v[inside], w[inside]], axis=1)
+
+
+def _edge(start: Float32[np.ndarray, "faces 3"], end: Float32[np.ndarray, "faces 3"],
+          face: Indices, x: Scalars, y: Scalars) -> Scalars:
+    """Twice the signed area that each point spans with its face's edge."""
+    run, rise, _ = (end - start).T
+    area: Scalars = (x - start[face, 0]) * rise[face] - (y - start[face, 1]) * run[face]
+    return area
+
+
+def _nearest(pixel: Indices, face: Indices, depth: Scalars, pixels: int) -> Int[np.ndarray, " seen"]:
+    """Positions of the winning pairs."""
+    # Non-negative floats sort as their bits do, so one integer holds the depth and, for ties, the face.
+    key = depth.view(np.uint32).astype(np.uint64) << np.uint64(32) | face.astype(np.uint64)
+    best = np.full(pixels, np.iinfo(np.uint64).max)
+    in_front = depth >= 0
+    np.minimum.at(best, pixel[in_front], key[in_front])
+    return np.flatnonzero(in_front & (key == best[pixel]))

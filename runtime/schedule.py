@@ -1,0 +1,96 @@
+"""The noise schedule of Stable Diffusion and the DDIM sampler, pure functions in float32 as the official tool computes.
+
+Symbols as in Denoising Diffusion Implicit Models (Song et al. 2021, equations 12 and 16): alpha is the cumulative
+product of 1 - beta, sigma the noise put back in, eps the predicted noise.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from .errors import BadInput
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A model's noise schedule, and the sampling defaults it was trained for. The defaults are SD-1.5's."""
+
+    kind: str = "ddim"
+    steps: int = 20
+    guidance: float = 7.0
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    train_steps: int = 1000
+
+
+@dataclass(frozen=True)
+class DdimStep:
+    """One step's constants."""
+
+    timestep: int  # what the denoiser is told, 1..train_steps - 1
+    alpha: np.float32  # of this timestep
+    alpha_prev: np.float32  # of the less noisy timestep that the step leads to
+    sigma: np.float32  # 0 at eta 0
+
+
+def ddim_steps(schedule: Schedule, steps: int, eta: float = 0.0) -> list[DdimStep]:
+    """The steps from noise to picture, in the order they are walked. Raises BadInput as `timesteps` does.
+
+    eta 0 is deterministic, 1 is ancestral sampling (equation 16). The last step leads to the alpha of timestep 0, not
+    to 1: the official sampler leaves that trace of noise in.
+    """
+    table = timesteps(steps, schedule.train_steps)
+    alphas = alphas_cumprod(schedule)
+    here, there = alphas[table], alphas[np.append(table[1:], 0)]
+    sigmas = np.float32(eta) * np.sqrt((1 - there) / (1 - here) * (1 - here / there))
+    return [DdimStep(int(t), *constants) for t, *constants in zip(table, here, there, sigmas, strict=True)]
+
+
+def ddim_step(
+    latent: Float32[np.ndarray, "*shape"], eps: Float32[np.ndarray, "*shape"], step: DdimStep,
+    noise: Float32[np.ndarray, "*shape"] | None = None,
+) -> tuple[Float32[np.ndarray, "*shape"], Float32[np.ndarray, "*shape"]]:
+    """The less noisy latent, and the clean latent that this step predicts (equation 12). Neither is clipped.
+
+    `noise` is standard normal and needed only where `step.sigma` is not 0.
+    """
+    clean = (latent - np.sqrt(1 - step.alpha) * eps) / np.sqrt(step.alpha)
+    direction = np.sqrt(1 - step.alpha_prev - step.sigma**2) * eps
+    next_latent = np.sqrt(step.alpha_prev) * clean + direction
+    return (next_latent if noise is None else next_latent + step.sigma * noise), clean
+
+
+def guided(
+    eps_text: Float32[np.ndarray, "*shape"], eps_negative: Float32[np.ndarray, "*shape"], guidance: float,
+) -> Float32[np.ndarray, "*shape"]:
+    """Classifier-free guidance (Ho and Salimans 2022): away from the negative prompt; 1 is the text alone."""
+    return eps_negative + np.float32(guidance) * (eps_text - eps_negative)
+
+
+def timesteps(steps: int, train_steps: int = 1000) -> Int64[np.ndarray, "n"]:
+    """The official table for this many steps, noisiest first: 20 steps are 951, 901, .., 51, 1.
+
+    Its stride is train_steps // steps, so a count that does not divide train_steps gives more steps than asked (30
+    gives 31). Some counts make the official table overrun its schedule: they raise BadInput, which names the nearest
+    that do not.
+    """
+    if not _allowed(steps, train_steps):
+        counts = [count for count in range(1, train_steps + 1) if _allowed(count, train_steps)]
+        nearest = [*[n for n in counts if n < steps][-1:], *[n for n in counts if n > steps][:1]]
+        raise BadInput(f"{steps} steps cannot be laid out in {train_steps} timesteps; "
+                       f"the nearest that can: {' or '.join(map(str, nearest))}")
+    return _table(steps, train_steps)[::-1].copy()
+
+
+def alphas_cumprod(schedule: Schedule) -> Float32[np.ndarray, "t"]:
+    """Share of the picture left at each timestep; betas are linear in their square roots, products in float64."""
+    roots = np.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.train_steps)
+    return np.cumprod(1 - roots**2).astype(np.float32)
+
+
+def _allowed(steps: int, train_steps: int) -> bool:
+    return 1 <= steps <= train_steps and bool(_table(steps, train_steps)[-1] < train_steps)
+
+
+def _table(steps: int, train_steps: int) -> Int64[np.ndarray, "n"]:
+    return np.arange(0, train_steps, train_steps // steps, dtype=np.int64) + 1
