@@ -1,7 +1,7 @@
 """Labels for training the miniature, measured by the runtime itself.
 
     python -m caphuman_edge.export.labels measure --pictures DIR --perception DIR --out LABELS
-    python -m caphuman_edge.export.labels encode  --pictures DIR --vae weights.safetensors --out LABELS
+    python -m caphuman_edge.export.labels encode  --pictures DIR --vae RUN --out LABELS
     python -m caphuman_edge.export.labels render  --out LABELS
 
 `labels.npz` and `latents.npz` are the compact pack that travels; `maps.npy` (several GB) is drawn from it again where
@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
@@ -23,13 +23,15 @@ import torch
 from PIL import Image
 
 from caphuman_edge.export.attributes import captions, measure_attributes
-from caphuman_edge.ref.checkpoints import load_trained_vae
+from caphuman_edge.ref.training.weights import load_vae
 from caphuman_edge.runtime.condition import condition_maps
 from caphuman_edge.runtime.contract import NANO
 from caphuman_edge.runtime.errors import CapHumanError
-from caphuman_edge.runtime.head import HeadCode, HeadModel, fit_head, load_head
+from caphuman_edge.runtime.backends import open_backend
+from caphuman_edge.runtime.head import HeadCode, HeadFitter, load_head
 from caphuman_edge.runtime.image import load_photo
-from caphuman_edge.runtime.perception import Perception, hull_mask, open_perception
+from caphuman_edge.runtime.perception import Perception, face_crop, face_hull, head_rotation, hull_mask, select_face
+from caphuman_edge.runtime.perception.crop import CLIP_MEAN, CLIP_STD
 from caphuman_edge.runtime.render import NumpyRenderer
 from caphuman_edge.runtime.tokenizer import Tokenizer
 
@@ -60,7 +62,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("measure", "encode", "render"))
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--perception", type=Path, help="folder of the perception graphs")
-    parser.add_argument("--vae", type=Path, help="weights.safetensors of the autoencoder's training")
+    parser.add_argument("--vae", type=Path, help="folder of a training.vae run")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
@@ -88,22 +90,21 @@ def measure_picture(perception: Path, path: Path) -> Measured | None:
     """Labels of one picture, or None where its face cannot be measured."""
     see, image = _perception(perception), load_photo(path)
     try:
-        face = see.landmarks(image, see.select(see.detect(image)))
+        face = see.landmarks(image, select_face(see.detect(image)))
+        code = _fitter().fit(face.points, face.blendshapes, head_rotation(face), image)
     except CapHumanError:
         return None
-    code = fit_head(load_head(), face, image)
-    attributes = measure_attributes(image, face, code.light)
-    seen = np.asarray(Image.fromarray(hull_mask(face, *image.shape[:2])).resize(NANO.latent_shape[:0:-1], Image.Resampling.BOX))
-    rng = np.random.default_rng(int(path.name[:5]) + 100_000 * len(path.stem))
-    texts = captions(attributes, CAPTION_VARIANTS, rng)
+    rng = np.random.default_rng([int(path.name[:5]), len(path.stem), ord(path.stem[-1])])
+    texts = captions(measure_attributes(image, face, code.light), CAPTION_VARIANTS, rng)
     ids = np.concatenate([_tokenizer().encode(text) for text in texts]).astype(np.uint16)
-    return Measured(path.stem, code, see.identity(image, face), _jpeg(see.face_on_white(image, face, NANO.vision.image_size)),
-                    seen, ids)
+    return Measured(path.stem, code, see.identity(image, face), _jpeg(face_crop(image, face, NANO.vision.image_size)),
+                    _latent_mask(hull_mask(face_hull(face), *image.shape[:2])), ids)
 
 
 def encode(pictures: Path, vae: Path, out: Path) -> None:
     """Write latents.npz: int8 codes of the scaled latents, scaled to unit variance over all pictures."""
-    model, sizes = load_trained_vae(vae)
+    model = load_vae(vae)
+    sizes = asdict(model.config)
     with np.load(out / "labels.npz") as labels:
         names = labels["names"]
     means = np.concatenate([_encode(model, pictures, chunk) for chunk in _progress(_chunks(names, 16), len(names) / 16)])
@@ -136,14 +137,14 @@ def _worn(names: np.ndarray, fields: dict[str, np.ndarray], index: int) -> dict[
 
 
 def _draw(fields: dict[str, np.ndarray]) -> np.ndarray:
-    head = _head()
+    head = _fitter().model
     return condition_maps(NumpyRenderer(), head, HeadCode(head.layout, **fields), NANO.height, NANO.width).astype(np.float16)
 
 
 def _encode(model: torch.nn.Module, pictures: Path, names: np.ndarray) -> np.ndarray:
     images = np.stack([np.asarray(Image.open(pictures / f"{name}.jpg")) for name in names])
     with torch.no_grad():
-        means, _ = model.moments(torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1))
+        means, _ = model.moments(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
     return means.numpy()
 
 
@@ -174,9 +175,18 @@ def _write_labels(path: Path, measured: list[Measured]) -> None:
         crop_ends=np.cumsum([len(labels.crop) for labels in measured]))
 
 
-def _jpeg(image: np.ndarray) -> bytes:
+def _latent_mask(mask: np.ndarray) -> np.ndarray:
+    """The mask at latent size: cells that it covers by half or more."""
+    cell = NANO.vae.downscale
+    rows, columns = (length // cell for length in mask.shape)
+    return np.asarray(mask.reshape(rows, cell, columns, cell).mean(axis=(1, 3)) >= 0.5)
+
+
+def _jpeg(crop: np.ndarray) -> bytes:
+    """A normalised crop as the picture it was, compressed."""
+    pixels = np.clip((crop.transpose(1, 2, 0) * CLIP_STD + CLIP_MEAN) * 255, 0, 255).round().astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=CROP_QUALITY)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=CROP_QUALITY)
     return buffer.getvalue()
 
 
@@ -194,14 +204,20 @@ def _progress(items: Iterable[Item], count: float) -> Iterator[Item]:
 
 @cache
 def _perception(folder: Path) -> Perception:
-    return open_perception(folder, threads=1)
+    load = open_backend("ort").load
+    names = ("face_detector", "face_landmarks", "face_blendshapes", "id_encoder")
+    return Perception(*(load(folder / name / "model.onnx", threads=1) for name in names))
 
 
 @cache
-def _head() -> HeadModel:
-    return load_head()
+def _fitter() -> HeadFitter:
+    return HeadFitter(load_head())
 
 
 @cache
 def _tokenizer() -> Tokenizer:
     return Tokenizer()
+
+
+if __name__ == "__main__":
+    main()

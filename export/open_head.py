@@ -23,7 +23,7 @@ from caphuman_edge.export.open_head_shapes import (
     mean_head,
     skinning_weights,
 )
-from caphuman_edge.export.open_head_texture import Painting, lip_faces, paint, unwrap
+from caphuman_edge.export.open_head_texture import Painting, lip_faces, paint, patch_of_face, unwrap
 from caphuman_edge.runtime.backends.ort import load as load_ort
 from caphuman_edge.runtime.head.storage import head_from_arrays
 from caphuman_edge.runtime.perception.landmarks import CROP_SIZE, roi_around
@@ -55,13 +55,13 @@ def build(source: MakeHuman, measure: Measure) -> Arrays:
     cut = cut_head(source)
     mean = mean_head(source, cut)
     head = _geometry(source, cut, mean)
-    eyeballs = np.isin(cut.face_parts, [1, 2])
+    skin, eyeballs = patch_of_face(source, cut) < 0, np.isin(cut.face_parts, [1, 2])
     landmarks = {"lmk_faces_idx": np.zeros(478, np.uint16), "lmk_bary_coords": np.zeros((478, 3), np.float16)}
     lips = head["vt"][head["ft"][lip_faces(source, cut)]].astype(np.float64)
     painting = paint(lips, None)
     for _ in range(ROUNDS):
         model = head_from_arrays(head | landmarks | _texture(painting))
-        faces, weights = embed_landmarks(model, eyeballs, measure)
+        faces, weights = embed_landmarks(model, skin, eyeballs, measure)
         landmarks = {"lmk_faces_idx": faces.astype(np.uint16), "lmk_bary_coords": weights.astype(np.float16)}
         painting = paint(lips, np.einsum("lk,lkc->lc", weights, model.face_uv[faces]))
     return head | landmarks | _texture(painting)

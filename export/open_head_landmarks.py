@@ -1,7 +1,9 @@
 """Where the 478 landmarks lie on the open head: measured on pictures of it, from several sides.
 
 Each picture's points are traced back to the surface; lips are measured on an open mouth, where the upper and the
-lower edge are apart. The results are averaged on the mean head and put back onto the nearest visible triangle.
+lower edge are apart. The outline of the face is no place on the skin that a picture could show: it is taken from the
+landmark model's mean face, laid over the other points by an affine map. The results are averaged on the mean head and
+put back onto the nearest visible triangle.
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -10,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt8
 
 from caphuman_edge.runtime.head.code import HeadCode, project
+from caphuman_edge.runtime.head.fit import FACE_OVAL
 from caphuman_edge.runtime.head.light import directional_light
 from caphuman_edge.runtime.head.model import HeadModel
 from caphuman_edge.runtime.perception.rotation import canonical_face
@@ -19,10 +22,11 @@ from caphuman_edge.runtime.render.numpy_raster import rasterize, render_maps
 Measure = Callable[[UInt8[np.ndarray, "h w 3"]], Float[np.ndarray, "478 3"]]
 VIEW_SIZE = 448  # px
 ANGLES = ((0, 0), (-12, 0), (12, 0), (-25, 0), (25, 0), (-38, 0), (38, 0), (0, 12), (0, -12))  # yaw, pitch in degrees
+REACH = 5  # px from a point to the surface it is on
 IDENTITIES = 4  # random ones beside the mean head
 OPEN_MOUTH = {"jawOpen": 0.35}
-IRIS = range(468, 478)
-INNER_LIPS = (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308, 95, 88, 178, 87, 14, 317, 402, 318, 324)
+FIRST_IRIS = 468
+INNER_LIPS = [78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308, 95, 88, 178, 87, 14, 317, 402, 318, 324]
 NEIGHBOURS = 48  # triangles examined for the nearest point
 BACKGROUND = 0.5
 
@@ -39,22 +43,22 @@ class View:
 
 
 def embed_landmarks(
-    model: HeadModel, eyeballs: Bool[np.ndarray, "f"], measure: Measure,
+    model: HeadModel, skin: Bool[np.ndarray, "f"], eyeballs: Bool[np.ndarray, "f"], measure: Measure,
 ) -> tuple[Int64[np.ndarray, "478"], Float64[np.ndarray, "478 3"]]:
     """For each landmark its triangle and barycentric weights; the model's own landmarks are not used."""
     total, weight, seen = np.zeros((478, 3)), np.full((478, 1), 1e-9), np.zeros(len(model.faces), bool)
-    corners = model.template[model.faces]
+    corners = model.template[model.faces].astype(np.float64)
+    surface = np.where(np.arange(478)[:, None] < FIRST_IRIS, skin, eyeballs)  # (478, F): what each landmark can lie on
     for view in _views(model):
         seen[np.unique(view.face[view.face >= 0])] = True
-        face, bary, confidence = _trace(measure(view.image)[:, :2], view)
-        confidence[list(INNER_LIPS)] *= view.code.expression.any()
+        face, bary, confidence = _trace(measure(view.image)[:, :2], view, surface)
+        if not view.code.expression.any():  # closed: which lip the point between them lies on is chance
+            confidence[INNER_LIPS] = 0
         total += confidence[:, None] * np.einsum("lk,lkc->lc", bary, corners[face])
-        weight += confidence[:, None]
-    points = _symmetrical(total / weight)
-    skin_face, skin_bary = _nearest_on(points, corners, np.flatnonzero(seen & ~eyeballs))
-    eye_face, eye_bary = _nearest_on(points, corners, np.flatnonzero(seen & eyeballs))
-    on_iris = np.isin(np.arange(478), IRIS)
-    return np.where(on_iris, eye_face, skin_face), np.where(on_iris[:, None], eye_bary, skin_bary)
+        weight[:, 0] += confidence
+    points = total / weight
+    points[FACE_OVAL] = _laid_over(points)[FACE_OVAL]
+    return _nearest_on(_symmetrical(points), corners, seen & surface)
 
 
 def draw(model: HeadModel, code: HeadCode, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -90,20 +94,34 @@ def _mesh(model: HeadModel, code: HeadCode) -> Mesh:
                 code.light)
 
 
-def _trace(points: Float[np.ndarray, "l 2"], view: View) -> tuple[
+def _trace(points: Float[np.ndarray, "l 2"], view: View, surface: Bool[np.ndarray, "l f"]) -> tuple[
         Int64[np.ndarray, "l"], Float64[np.ndarray, "l 3"], Float64[np.ndarray, "l"]]:
-    """Triangle, weights and confidence behind each picture point; confidence is 0 beside the head."""
-    column, row = np.clip(points.astype(int), 0, VIEW_SIZE - 1).T
-    face = view.face[row, column]
-    confidence = np.where(face >= 0, np.clip(view.facing[row, column], 0, 1) ** 2, 0)
-    return face, view.weights[row, column], confidence
+    """What lies nearest to each picture point, of the surface that it can lie on.
+
+    Confidence falls as the surface turns away, and is 0 where nothing suitable is within reach.
+    """
+    offsets = np.indices((2 * REACH + 1,) * 2).reshape(2, -1).T - REACH
+    offsets = offsets[np.argsort((offsets**2).sum(axis=1), kind="stable")]
+    near = np.clip(points[:, None, ::-1].astype(int) + offsets, 0, VIEW_SIZE - 1)  # (L, offsets, row and column)
+    faces = view.face[near[..., 0], near[..., 1]]
+    suitable = np.take_along_axis(surface, np.maximum(faces, 0), axis=1) & (faces >= 0)
+    row, column = near[np.arange(len(points)), suitable.argmax(axis=1)].T
+    confidence = suitable.any(axis=1) * np.clip(view.facing[row, column], 0, 1) ** 2
+    return view.face[row, column], view.weights[row, column], confidence
+
+
+def _laid_over(points: Float64[np.ndarray, "478 3"]) -> Float64[np.ndarray, "468 3"]:
+    """The landmark model's mean face, brought onto the points inside the oval by an affine map."""
+    canonical = np.column_stack([canonical_face()[:, :3], np.ones(FIRST_IRIS)]).astype(np.float64)
+    inner = np.setdiff1d(np.arange(FIRST_IRIS), FACE_OVAL)
+    return np.asarray(canonical @ np.linalg.lstsq(canonical[inner], points[inner], rcond=None)[0])
 
 
 def _symmetrical(points: Float64[np.ndarray, "478 3"]) -> Float64[np.ndarray, "478 3"]:
     """Average with the mirror image; the landmark model's own mean face tells which points are mirror twins."""
     mirror = np.array([-1.0, 1, 1])
     canonical = canonical_face()[:, :3]
-    twins = np.concatenate([_nearest(canonical * mirror, canonical), 468 + _nearest(points[468:] * mirror, points[468:])])
+    twins = np.concatenate([_nearest(canonical * mirror, canonical), FIRST_IRIS + _nearest(points[FIRST_IRIS:] * mirror, points[FIRST_IRIS:])])
     return np.asarray((points + points[twins] * mirror) / 2)
 
 
@@ -111,14 +129,15 @@ def _nearest(points: Float[np.ndarray, "n 3"], among: Float[np.ndarray, "m 3"]) 
     return np.asarray(np.argmin(((points[:, None] - among) ** 2).sum(axis=2), axis=1))
 
 
-def _nearest_on(points: Float64[np.ndarray, "l 3"], corners: Float32[np.ndarray, "f 3 3"],
-                candidates: Int64[np.ndarray, "c"]) -> tuple[Int64[np.ndarray, "l"], Float64[np.ndarray, "l 3"]]:
-    """The nearest triangle of the candidates to each point, and the weights of the nearest spot in it."""
+def _nearest_on(points: Float64[np.ndarray, "l 3"], corners: Float64[np.ndarray, "f 3 3"],
+                surface: Bool[np.ndarray, "l f"]) -> tuple[Int64[np.ndarray, "l"], Float64[np.ndarray, "l 3"]]:
+    """The nearest triangle of each point's surface, and the weights of the nearest spot in it."""
     faces, weights = [], []
-    centres = corners[candidates].mean(axis=1)
-    for point in points:
-        near = candidates[np.argsort(((centres - point) ** 2).sum(axis=1))[:NEIGHBOURS]]
-        bary = _barycentric(point, corners[near].astype(np.float64))
+    centres = corners.mean(axis=1)
+    for point, candidates in zip(points, map(np.flatnonzero, surface), strict=True):
+        distance = ((centres[candidates] - point) ** 2).sum(axis=1)
+        near = candidates[np.argpartition(distance, NEIGHBOURS)[:NEIGHBOURS]]
+        bary = _barycentric(point, corners[near])
         spots = np.einsum("nk,nkc->nc", bary, corners[near])
         best = np.argmin(((spots - point) ** 2).sum(axis=1))
         faces.append(near[best])

@@ -52,7 +52,7 @@ class Painting:
 
 def unwrap(source: MakeHuman, cut: HeadCut, mean: Float64[np.ndarray, "v 3"]) -> Float64[np.ndarray, "f 3 2"]:
     """Texture coordinates of each face's corners, u right, v up, 0..1."""
-    patch = _patch_of_face(source, cut)
+    patch = patch_of_face(source, cut)
     skin = _around_the_head(mean)[cut.faces]
     behind = np.ptp(skin[..., 0], axis=1) > 0.5  # faces across the seam: pull their corners to one side
     far_side = behind[:, None] & (skin[..., 0] < 0.5)
@@ -65,7 +65,7 @@ def unwrap(source: MakeHuman, cut: HeadCut, mean: Float64[np.ndarray, "v 3"]) ->
 
 def lip_faces(source: MakeHuman, cut: HeadCut) -> Int64[np.ndarray, "n"]:
     """The faces of the red of the lips: so many rows of quads around the mouth's opening."""
-    patch = _patch_of_face(source, cut)
+    patch = patch_of_face(source, cut)
     inside_mouth = (patch == PATCHES.index("inside")) & (source.texture_coordinates[cut.face_corners, 0].mean(axis=1) > 0.5)
     first, second = np.split(cut.faces, 2)  # the two halves of each quad; their shared diagonal is no edge
     edges = np.concatenate([first[:, :2], first[:, 1:], second[:, 1:], second[:, [2, 0]]])
@@ -95,7 +95,7 @@ def paint(lips: Float64[np.ndarray, "n 3 2"], landmarks: Landmarks | None) -> Pa
 
 def _made_up(mean: Float64[np.ndarray, "t t 3"], head: Mask, iris: Mask, lips: Mask,
              points: Landmarks) -> Painting:
-    brows = _polygon([points[list(LEFT_BROW)], points[list(RIGHT_BROW)]], blur=2.2)
+    brows = _polygon([points[list(LEFT_BROW)], points[list(RIGHT_BROW)]], blur=1.4)
     lashes = _outline([points[list(LEFT_EYE)], points[list(RIGHT_EYE)]], width=1.2, blur=0.6)
     spread = float(np.linalg.norm(points[RIGHT_CHEEK] - points[LEFT_CHEEK]))
     cheeks = _spot(points[LEFT_CHEEK], 0.22 * spread) + _spot(points[RIGHT_CHEEK], 0.22 * spread)
@@ -105,8 +105,8 @@ def _made_up(mean: Float64[np.ndarray, "t t 3"], head: Mask, iris: Mask, lips: M
     forehead = _spot(points[GLABELLA] + [0, 0.35 * spread], 0.4 * spread)
     skin = head * (1 - lips)
     mean = mean + (0.03 * cheeks + 0.03 * nose)[..., None] * [0.6, -0.6, -0.5]
-    mean = mean - (0.05 * sockets * head)[..., None] * [0.8, 1, 0.8]
-    mean = _over(_over(_over(mean, lips, LIP), 0.75 * brows, BROW), 0.6 * lashes, LASH)
+    mean = mean - (0.02 * sockets * head)[..., None] * [0.8, 1, 0.8]
+    mean = _over(_over(_over(mean, lips, LIP), 0.7 * brows, BROW), 0.6 * lashes, LASH)
     parts: dict[str, tuple[Mask, Sequence[float]]] = {
         "skin red": (skin, (0.1, 0, 0)), "skin green": (skin, (0, 0.1, 0)), "skin blue": (skin, (0, 0, 0.1)),
         "lips red": (lips, (0.1, 0, 0)), "lips green": (lips, (0, 0.1, 0)), "lips blue": (lips, (0, 0, 0.1)),
@@ -120,7 +120,7 @@ def _made_up(mean: Float64[np.ndarray, "t t 3"], head: Mask, iris: Mask, lips: M
     return Painting(mean, tuple(parts), np.stack(masks), np.array(colours))
 
 
-def _patch_of_face(source: MakeHuman, cut: HeadCut) -> Int64[np.ndarray, "f"]:
+def patch_of_face(source: MakeHuman, cut: HeadCut) -> Int64[np.ndarray, "f"]:
     """Index into PATCHES, or -1 for the skin; MakeHuman's unwrapping tells skin from insides."""
     patch = np.full(len(cut.faces), -1)
     for i, part in enumerate(PARTS):

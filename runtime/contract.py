@@ -158,6 +158,10 @@ def residual_shapes(config: Config) -> list[tuple[int, int, int]]:
 
 
 def _perception_graphs(config: Config) -> list[GraphSpec]:
+    """Images are RGB: the detector's -1..1, the landmarks' 0..1, `face` 0..255. Scores and presence are probabilities.
+
+    Points are pixels: the detector's relative to its anchors, the landmarks' in their crop, z in the same scale.
+    """
     return [
         GraphSpec("face_detector", (TensorSpec("image", (1, 128, 128, 3)),),
                   (TensorSpec("regressors", (1, 896, 16)), TensorSpec("scores", (1, 896, 1)))),

@@ -160,7 +160,8 @@ def _json(text: str) -> dict[str, Any]:
 def _record(data: object, where: str, **kinds: type) -> dict[str, Any]:
     """The object itself, once it has exactly these keys with values of these types."""
     if not isinstance(data, dict) or data.keys() != kinds.keys():
-        raise BundleError(f"bundle.json: {where} has {_keys(data)}, expected {_names(kinds)}; {REBUILD}")
+        found = _names(data) if isinstance(data, dict) else f"{data!r:.40}"
+        raise BundleError(f"bundle.json: {where} has {found}, expected {_names(kinds)}; {REBUILD}")
     for key, kind in kinds.items():
         if type(data[key]) is not kind:
             raise BundleError(f"bundle.json: {where}.{key} is {data[key]!r:.40}, expected a {kind.__name__}; {REBUILD}")
@@ -179,9 +180,5 @@ def _like(data: object, pattern: dict[str, Any], where: str) -> dict[str, Any]:
     return fields
 
 
-def _keys(data: object) -> str:
-    return (_names(data) or "no keys") if isinstance(data, dict) else repr(data)
-
-
 def _names(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
+    return ", ".join(sorted(names)) or "nothing"

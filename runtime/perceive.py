@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from .head import HeadCode, HeadModel, fit_head
-from .perception import FaceLandmarks, Perception
+from .head import HeadCode, HeadFitter
+from .perception import FaceLandmarks, Perception, face_crop, head_rotation, select_face
 
 FACE_HEIGHT = 0.52  # of the portrait's edge, forehead to chin
 FACE_CENTRE = (0.5, 0.56)  # of the portrait's edges, right and down
@@ -22,17 +22,17 @@ class Subject:
     face_crop: Float32[np.ndarray, "3 s s"]  # input of the image encoder
 
 
-def measure_subject(see: Perception, model: HeadModel, photo: UInt8[np.ndarray, "h w 3"], crop_size: int,
+def measure_subject(see: Perception, fitter: HeadFitter, photo: UInt8[np.ndarray, "h w 3"], crop_size: int,
                     face_number: int | None = None, portrait: bool = True) -> Subject:
     """Find one face and measure it.
 
     `portrait` frames the photo as a square around the face first, as the embedded bundle was trained; otherwise the
     head keeps its place in the whole photo. Raises FaceError where there is no face, or several and no `face_number`.
     """
-    face = see.landmarks(photo, see.select(see.detect(photo), face_number))
+    face = see.landmarks(photo, select_face(see.detect(photo), face_number))
     framed, seen = portrait_frame(photo, face) if portrait else (photo, face)
-    return Subject(framed, seen, fit_head(model, seen, framed), see.identity(photo, face),
-                   see.face_crop(photo, face, crop_size))
+    head = fitter.fit(seen.points, seen.blendshapes, head_rotation(seen), framed)
+    return Subject(framed, seen, head, see.identity(photo, face), face_crop(photo, face, crop_size))
 
 
 def portrait_frame(photo: UInt8[np.ndarray, "h w 3"],

@@ -15,7 +15,7 @@ from .bundle import Bundle
 from .condition import condition_maps
 from .contract import RESIDUALS
 from .errors import BadInput
-from .head import HeadCode, HeadModel, load_head
+from .head import HeadCode, HeadFitter, HeadModel, load_head
 from .image import load_photo, resize, save_png
 from .noise import cuda_normal
 from .perceive import Subject, measure_subject
@@ -88,6 +88,7 @@ class Pipeline:
                  renderer: Literal["auto", "gl", "numpy"] = "auto"):
         self.bundle, self.backend, self.threads = bundle, backend, threads
         self.head_model: HeadModel = load_head(bundle.file("head")) if "head" in bundle else load_head()
+        self.fitter = HeadFitter(self.head_model)
         self.renderer: Renderer = open_renderer(renderer)
         self.tokenizer = Tokenizer()
         self._graphs: dict[str, Graph] = {}
@@ -97,7 +98,7 @@ class Pipeline:
         """Measure the person in a photo; settings as in `perceive.measure_subject`."""
         pixels = photo if isinstance(photo, np.ndarray) else load_photo(photo)
         see = Perception(*(self.graph(name) for name in PERCEPTION_GRAPHS))
-        return measure_subject(see, self.head_model, pixels, self.bundle.config.vision.image_size, face, portrait)
+        return measure_subject(see, self.fitter, pixels, self.bundle.config.vision.image_size, face, portrait)
 
     def maps(self, head: HeadCode) -> Float32[np.ndarray, "9 h w"]:
         """Normal, albedo and rendered maps of a head in the bundle's frame."""

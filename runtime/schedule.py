@@ -75,11 +75,11 @@ def timesteps(steps: int, train_steps: int = 1000) -> Int64[np.ndarray, "n"]:
     that do not.
     """
     if not _allowed(steps, train_steps):
-        counts = [count for count in range(1, train_steps + 1) if _allowed(count, train_steps)]
-        nearest = [*[n for n in counts if n < steps][-1:], *[n for n in counts if n > steps][:1]]
+        fewer, more = range(min(steps - 1, train_steps), 0, -1), range(max(steps + 1, 1), train_steps + 1)
+        nearest = [next((str(n) for n in counts if _allowed(n, train_steps)), None) for counts in (fewer, more)]
         raise BadInput(f"{steps} steps cannot be laid out in {train_steps} timesteps; "
-                       f"the nearest that can: {' or '.join(map(str, nearest))}")
-    return _table(steps, train_steps)[::-1].copy()
+                       f"the nearest that can: {' or '.join(filter(None, nearest))}")
+    return np.arange(0, train_steps, train_steps // steps, dtype=np.int64)[::-1] + 1
 
 
 def alphas_cumprod(schedule: Schedule) -> Float32[np.ndarray, "t"]:
@@ -89,8 +89,5 @@ def alphas_cumprod(schedule: Schedule) -> Float32[np.ndarray, "t"]:
 
 
 def _allowed(steps: int, train_steps: int) -> bool:
-    return 1 <= steps <= train_steps and bool(_table(steps, train_steps)[-1] < train_steps)
-
-
-def _table(steps: int, train_steps: int) -> Int64[np.ndarray, "n"]:
-    return np.arange(0, train_steps, train_steps // steps, dtype=np.int64) + 1
+    """Whether the table, which counts from 1, stays clear of the index train_steps that no schedule has."""
+    return 1 <= steps <= train_steps and (train_steps - 1) % (train_steps // steps) != 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caphuman_edge.ref.caphuman import CapHuman, FaceCondition, face_gates
@@ -54,9 +54,11 @@ class Trainer:
 
     def __init__(self, config: Config, labels: Labels, device: torch.device, compiled: bool):
         self.labels = labels
-        self.model = CapHuman(config, autoencoder=False, mask_bias=MASK_BIAS).to(device)
-        self.model = self.model.to(memory_format=torch.channels_last)
-        self.alphas_cumprod = torch.from_numpy(alphas_cumprod()).float().to(device)
+        self.model = CapHuman(config, autoencoder=False, mask_bias=MASK_BIAS)
+        # words that no caption uses stay zero: neutral to the model, and free to store
+        nn.init.zeros_(self.model.text_encoder.text_model.embeddings.token_embedding.weight)
+        self.model.to(device, memory_format=torch.channels_last)
+        self.alphas_cumprod = alphas_cumprod().to(device)
         self.predict = torch.compile(self._predict) if compiled else self._predict
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -79,7 +81,8 @@ class Trainer:
         logit = control.mask_predict[0](hint)
         tokens = model.face_tokens(model.image_encoder(batch.crops), batch.identities)
         kept = torch.rand(len(tokens), 1, 1, device=tokens.device) >= IDENTITY_DROPOUT
-        face = FaceCondition(tokens * kept, hint, face_gates(logit.detach().float().sigmoid(), len(model.config.unet.channel_mult)))
+        gates = face_gates(logit.detach().float().sigmoid(), len(model.config.unet.channel_mult))
+        face = FaceCondition(tokens * kept, hint, gates)
         text = model.text_encoder(batch.captions)
         return model(noisy, timestep, text, [face]), logit
 

@@ -56,7 +56,7 @@ class Run:
         saved = time.monotonic()
         for _ in self._until_stopped():
             terms = loss_of(self.step)
-            self._update(terms["loss"])
+            self.update(terms["loss"])
             if self.step % 50 == 0:
                 self._log(terms)
             if time.monotonic() - saved > self.plan.save_every:
@@ -73,7 +73,8 @@ class Run:
         facts = {k: json.dumps(v) for k, v in {**self.metadata, "step": self.step, "samples": self.samples}.items()}
         _write_whole(self.folder / "weights.safetensors", lambda path: save_file(weights, path, facts))
 
-    def _update(self, loss: Tensor) -> None:
+    def update(self, loss: Tensor) -> None:
+        """One optimiser step down this loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class Graph:
         return self.run(dict(arrays))
 
 
+@runtime_checkable
 class Backend(Protocol):
     """What a backend module offers."""
 
@@ -69,7 +70,7 @@ def check_arrays(graph: str, specs: Iterable[TensorSpec], arrays: Mapping[str, n
     """Raise ShapeMismatch unless the arrays are exactly what the specs name, in name, dtype and shape."""
     wanted = {spec.name: spec for spec in specs}
     if missing := wanted.keys() - arrays.keys():
-        raise ShapeMismatch(f"{graph} needs {_names(missing)}, got {_names(arrays) or 'nothing'}; pass every input")
+        raise ShapeMismatch(f"{graph} needs {_names(missing)}, got {_names(arrays)}; pass every input")
     if extra := arrays.keys() - wanted.keys():
         raise ShapeMismatch(f"{graph} has no input {_names(extra)}, it takes {_names(wanted)}; leave it out")
     lengths: dict[str, int] = {}
@@ -91,7 +92,7 @@ def _check_array(label: str, spec: TensorSpec, array: np.ndarray, lengths: dict[
 
 
 def _names(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
+    return ", ".join(sorted(names)) or "nothing"
 
 
 def _shape(shape: tuple[int | str, ...]) -> str:

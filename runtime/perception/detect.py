@@ -97,7 +97,10 @@ def decode(regressors: Float32[np.ndarray, "896 16"]) -> Float32[np.ndarray, "89
 
 
 def merge_overlapping(rows: Float32[np.ndarray, "n 17"]) -> Float32[np.ndarray, "m 17"]:
-    """One row a face: the score-weighted mean of the boxes around each best one. A row is a decoded box and its score."""
+    """One row a face: the score-weighted mean of the boxes around each best one.
+
+    A row is a decoded box (16 numbers) and its score.
+    """
     merged = []
     rows = rows[np.argsort(-rows[:, 16], kind="stable")]
     while len(rows):
@@ -111,7 +114,7 @@ def merge_overlapping(rows: Float32[np.ndarray, "n 17"]) -> Float32[np.ndarray, 
 
 def _searches(width: int, height: int) -> Iterator[tuple[list[Window], float]]:
     """Ever finer sets of windows, and the score that a face needs in them."""
-    whole = max(width, height)
+    whole = float(max(width, height))
     for side in (whole, 2 * whole):
         yield [Window((width - side) / 2, (height - side) / 2, side)], WHOLE_SCORE
     side = whole / 2

@@ -47,7 +47,7 @@ class FaceLandmarks:
     @property
     def tilt(self) -> float:
         """Clockwise turn of the eye line in the image, in radians."""
-        return _angle(*self.points[EYE_CORNERS, :2])
+        return _angle(*self.points[list(EYE_CORNERS), :2])
 
 
 def measure_landmarks(image: UInt8[np.ndarray, "h w 3"], box: FaceBox, face_landmarks: Graph,
@@ -57,7 +57,9 @@ def measure_landmarks(image: UInt8[np.ndarray, "h w 3"], box: FaceBox, face_land
     The second pass crops around the first one's points: a crop by the detector's box alone moves the points with every
     wobble of that box (7 % of it: 1.1 % of the distance between the eyes, and 0.4 % after the second pass).
     """
-    roi = _roi(np.array([[box.left, box.top], [box.right, box.bottom]]), _angle(*box.keypoints[:2]))
+    corners = np.array([[box.left, box.top], [box.right, box.bottom]])
+    side = ROI_SCALE * (box.right - box.left)  # the detector's boxes are square
+    roi = square_to_image(corners.mean(axis=0), side, _angle(*box.keypoints[:2]), CROP_SIZE)
     crop_points, _ = _points_in(image, roi, face_landmarks)
     roi = roi_around(_to_image(crop_points, roi))
     crop_points, presence = _points_in(image, roi, face_landmarks)
@@ -71,14 +73,18 @@ def measure_landmarks(image: UInt8[np.ndarray, "h w 3"], box: FaceBox, face_land
 
 def roi_around(points: Float32[np.ndarray, "478 3"]) -> Transform:
     """The levelled square crop around known points."""
-    return _roi(points[:, :2], _angle(*points[EYE_CORNERS, :2]))
+    return levelled_square(points[:, :2], _angle(*points[list(EYE_CORNERS), :2]), ROI_SCALE, CROP_SIZE)
 
 
-def _roi(points: Float[np.ndarray, "n 2"], tilt: float) -> Transform:
+def levelled_square(points: Float[np.ndarray, "n 2"], tilt: float, margin: float, size: int) -> Transform:
+    """From a size x size crop to the square around the points that is turned by `tilt`: level in the crop.
+
+    Its edge is `margin` times the longer side of the points' bounding box, measured in the turned axes.
+    """
     level = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
     levelled = points @ level
     low, high = levelled.min(axis=0), levelled.max(axis=0)
-    return square_to_image(level @ (low + high) / 2, ROI_SCALE * float((high - low).max()), tilt, CROP_SIZE)
+    return square_to_image(level @ (low + high) / 2, margin * float((high - low).max()), tilt, size)
 
 
 def _points_in(

@@ -1,6 +1,7 @@
 """Similarity transforms of the image plane, and the bilinear warp that follows them.
 
-A transform is a 2 x 3 matrix from crop to image, in pixels; the centre of pixel (column i, row j) is (i + 0.5, j + 0.5).
+A transform is a 2 x 3 matrix, in pixels, from crop to image where nothing else is said. The centre of pixel
+(column i, row j) is (i + 0.5, j + 0.5).
 """
 import numpy as np
 from jaxtyping import Float, Float32, UInt8

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from caphuman_edge.ref.autoencoder import Autoencoder, image_to_uint8
 from caphuman_edge.runtime.contract import VaeConfig
 

@@ -1,0 +1,66 @@
+"""Build the embedded miniature's bundle from trained weights.
+
+    python -m caphuman_edge.export.nano --weights RUN --vae RUN --labels DIR --perception DIR --out runtime/data/nano
+"""
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from caphuman_edge.export.builder import Sources, build
+from caphuman_edge.export.graphs import PreviewDecoder
+from caphuman_edge.ref.caphuman import CapHuman
+from caphuman_edge.ref.training.weights import WEIGHTS, load_nano, metadata
+from caphuman_edge.runtime.schedule import Schedule
+
+GUIDANCE = 3.0
+STEPS = 20
+LICENCES = {
+    "trained weights": "research use only: the training pictures' generator descends from non-commercial data",
+    "face_detector, face_landmarks, face_blendshapes": "Apache-2.0, Google (face_landmarker)",
+    "id_encoder": "Apache-2.0, OpenCV Zoo (SFace)",
+    "head": "CC0-1.0, from MakeHuman data",
+    "tokenizer": "MIT, OpenAI (CLIP vocabulary)",
+}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=Path, required=True, help="folder of a training.nano run")
+    parser.add_argument("--vae", type=Path, required=True, help="folder of a training.vae run")
+    parser.add_argument("--labels", type=Path, required=True, help="label folder, for the preview decoder")
+    parser.add_argument("--perception", type=Path, required=True, help="folder written by export.perception")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    model = load_nano(options.weights, options.vae)
+    facts = metadata(options.weights)
+    provenance = {"samples_seen": facts["samples"], "training_steps": facts["step"],
+                  "sha256": {path.parent.name: _sha256(path) for path in (options.weights / WEIGHTS, options.vae / WEIGHTS)}}
+    sources = Sources(options.perception, "nano", Schedule(steps=STEPS, guidance=GUIDANCE), provenance, LICENCES)
+    build(model, fit_preview(model, options.labels), sources, options.out, lambda line: print(line, file=sys.stderr))
+
+
+def fit_preview(model: CapHuman, labels: Path) -> PreviewDecoder:
+    """Least-squares colours of a latent cell, over latents of the labels and what the autoencoder makes of them."""
+    with np.load(labels / "latents.npz") as stored:
+        latents = torch.from_numpy(stored["latents"][::100].astype(np.float32) * stored["step"])
+    with torch.no_grad():
+        colours = torch.cat([F.avg_pool2d(model.first_stage_model.decode(chunk), model.config.vae.downscale)
+                             for chunk in latents.split(8)])
+    cells = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    inputs = torch.cat([cells, torch.ones(len(cells), 1)], dim=1)
+    solution = torch.linalg.lstsq(inputs, colours.permute(0, 2, 3, 1).flatten(0, 2)).solution.T  # (3, channels + 1)
+    return PreviewDecoder(solution[:, :-1, None, None].contiguous(), solution[:, -1].contiguous())
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()

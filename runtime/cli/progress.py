@@ -1,0 +1,24 @@
+"""A progress bar on stderr: none where nobody watches."""
+import sys
+import time
+from collections.abc import Iterator
+
+from ..pipeline import Step
+
+WIDTH = 30  # characters
+
+
+def shown(steps: Iterator[Step], label: str) -> Iterator[Step]:
+    """The same steps, with a bar of how many are done and how long the rest takes."""
+    start = time.monotonic()
+    for step in steps:
+        if sys.stderr.isatty():
+            _draw(label, step.index + 1, step.count, time.monotonic() - start)
+        yield step
+
+
+def _draw(label: str, done: int, count: int, seconds: float) -> None:
+    bar = "#" * (WIDTH * done // count)
+    left = seconds / done * (count - done)
+    end = "\n" if done == count else ""
+    print(f"\r{label} [{bar:{WIDTH}}] {done}/{count} steps, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,173 @@
+"""A photo's landmarks to a HeadCode: pose, camera, identity and expression, then light and texture.
+
+One Gauss-Newton problem: the projected landmarks should meet the measured ones; identity coefficients are drawn to 0,
+expression units to the measured blendshape scores. The camera is orthographic, as in the official tool.
+"""
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float, Float32, Float64, UInt8
+
+from caphuman_edge.runtime.errors import FaceError, ShapeMismatch
+from caphuman_edge.runtime.head.appearance import Appearance
+from caphuman_edge.runtime.head.code import HeadCode
+from caphuman_edge.runtime.head.model import HeadModel
+from caphuman_edge.runtime.head.skinning import axis_angle, rotation_matrices
+from caphuman_edge.runtime.perception.landmarks import BLENDSHAPES
+
+Points = Float64[np.ndarray, "n 3"]
+Vector = Float64[np.ndarray, "p"]
+ITERATIONS = 5
+LANDMARKS = 478
+RIGID = 7  # parameters before the shape: log scale, shift, turn
+SMALLEST_FACE = 0.01  # of half the frame
+OUTER_EYE_CORNERS = [33, 263]
+# Standard deviations. Neighbouring landmarks err together, so each counts for less than its own error would say.
+POINT_SIGMA = 0.035  # of the distance between the outer eye corners, across the picture
+DEPTH_SIGMA = 0.25  # of the same; depth is the network's guess
+OVAL_SIGMA = 0.09  # the outline slides along the cheek as the head turns
+IDENTITY_SIGMA = 1.0
+EXPRESSION_SIGMA = 0.2
+UNSEEN_SIGMA = 0.05  # units without a measured score stay near 0
+FACE_OVAL = [10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176,
+             149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109]
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """A picture's coordinates: x right, y up, z to the viewer, 1 = half of the longer edge."""
+
+    height: int  # px
+    width: int
+
+    @property
+    def half(self) -> float:
+        """Half of the longer edge, px."""
+        return max(self.height, self.width) / 2
+
+    @property
+    def crop(self) -> Float32[np.ndarray, "3 3"]:
+        """What a HeadCode needs so that its frame is the whole picture; without it, the picture padded to a square."""
+        return np.diag([2 * self.half / self.width, 2 * self.half / self.height, 1]).astype(np.float32)
+
+    def from_pixels(self, points: Float[np.ndarray, "n 3"]) -> Float64[np.ndarray, "n 3"]:
+        """Image pixels (x right, y down, z into the picture) to this frame."""
+        middle = np.array([self.width / 2, self.height / 2, 0])
+        return np.asarray((points - middle) / self.half * [1, -1, -1])
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """What is known of the shape coefficients before the landmarks are seen: identity, then expression."""
+
+    mean: Vector
+    sigma: Vector
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A rigid placement and a shape: point = scale * rotation @ shape + shift."""
+
+    scale: float
+    rotation: Float64[np.ndarray, "3 3"]
+    shift: Vector  # (3,)
+    shape: Vector  # identity, then expression
+
+
+class HeadFitter:
+    """Fits one head model to photos; what depends on the model alone is worked out once."""
+
+    def __init__(self, model: HeadModel):
+        if len(model.landmark_corners) != LANDMARKS:
+            raise ShapeMismatch(f"the head has {len(model.landmark_corners)} landmarks, expected {LANDMARKS}: "
+                                "only a head with the face landmarker's points can be fitted to a photo")
+        self.model = model
+        self.appearance = Appearance(model)
+        basis = np.concatenate([model.identity_basis, model.expression_basis], axis=2)
+        corners = np.einsum("lk,lkcn->lcn", model.landmark_weights, basis[model.landmark_corners], optimize=True)
+        self.basis = corners.astype(np.float64)
+        self.points = model.landmarks(model.template).astype(np.float64)
+
+    def fit(self, points: Float[np.ndarray, "478 3"], blendshapes: Float[np.ndarray, "52"],
+            rotation: Float[np.ndarray, "3 3"], image: UInt8[np.ndarray, "h w 3"]) -> HeadCode:
+        """The head in a photo.
+
+        points: image pixels, x right, y down, z into the picture; blendshapes: 0..1 in the order of BLENDSHAPES;
+        rotation: where to start from, as `perception.head_rotation` measures it.
+        Raises FaceError for points that form no face.
+        """
+        frame = Frame(*image.shape[:2])
+        measured = frame.from_pixels(points)
+        if not np.isfinite(measured).all() or np.ptp(measured[:, :2], axis=0).min() < SMALLEST_FACE:
+            raise FaceError("the landmarks do not form a face; use a photo that shows the whole face")
+        estimate = self._start(measured, rotation, self._prior(blendshapes))
+        for _ in range(ITERATIONS):
+            estimate = self._improve(estimate, measured, self._prior(blendshapes))
+        return self.appearance.fit(replace(self._code(estimate), crop=frame.crop), image)
+
+    def _prior(self, blendshapes: Float[np.ndarray, "52"]) -> Prior:
+        scores = dict(zip(BLENDSHAPES, np.asarray(blendshapes, np.float64), strict=True))
+        names = self.model.expression_names
+        identity = np.zeros(self.model.layout.identity_count)
+        expression = [scores.get(name, 0.0) for name in names]
+        sigma = [EXPRESSION_SIGMA if name in scores else UNSEEN_SIGMA for name in names]
+        return Prior(np.concatenate([identity, expression]), np.concatenate([identity + IDENTITY_SIGMA, sigma]))
+
+    def _start(self, measured: Points, rotation: Float[np.ndarray, "3 3"], prior: Prior) -> Estimate:
+        """Scale and shift of the expected shape at the measured rotation, by least squares."""
+        turned = (self.points + self.basis @ prior.mean) @ np.asarray(rotation, np.float64).T
+        centre, target = turned.mean(axis=0), measured.mean(axis=0)
+        flat, flat_target = (turned - centre)[:, :2], (measured - target)[:, :2]
+        scale = float((flat * flat_target).sum() / (flat**2).sum())
+        return Estimate(scale, np.asarray(rotation, np.float64), target - scale * centre, prior.mean)
+
+    def _improve(self, now: Estimate, measured: Points, prior: Prior) -> Estimate:
+        """One Gauss-Newton step on log scale, shift, a small turn and the shape."""
+        turned = now.scale * (self.points + self.basis @ now.shape) @ now.rotation.T
+        slopes = np.concatenate([turned[:, :, None], np.broadcast_to(np.eye(3), (LANDMARKS, 3, 3)),
+                                 _turning(turned), now.scale * (now.rotation @ self.basis)], axis=2)
+        trust = _trust(measured)[..., None]
+        slopes, misses = trust * slopes, trust[..., 0] * (measured - turned - now.shift)
+        flat = slopes.reshape(3 * LANDMARKS, -1)
+        precision = np.concatenate([np.zeros(RIGID), prior.sigma**-2])
+        pull = np.concatenate([np.zeros(RIGID), (prior.mean - now.shape) / prior.sigma**2])
+        step = np.linalg.solve(flat.T @ flat + np.diag(precision), flat.T @ misses.ravel() + pull)
+        turn = rotation_matrices(step[None, 4:7])[0].astype(np.float64)
+        return Estimate(now.scale * float(np.exp(step[0])), turn @ now.rotation, now.shift + step[1:4],
+                        self._possible(now.shape + step[RIGID:]))
+
+    def _possible(self, shape: Vector) -> Vector:
+        """Muscles neither pull backwards nor further than they can."""
+        identity_count = self.model.layout.identity_count
+        return np.concatenate([shape[:identity_count], np.clip(shape[identity_count:], 0, 1)])
+
+    def _code(self, estimate: Estimate) -> HeadCode:
+        """The same placement in terms of FLAME's root joint, which the shape moves a little."""
+        neutral, count = HeadCode.neutral(self.model.layout), self.model.layout.identity_count
+        code = replace(neutral, identity=estimate.shape[:count], expression=estimate.shape[count:])
+        root = (self.model.joint_regressor @ self.model.shaped(code))[0]
+        shift = estimate.shift / estimate.scale + estimate.rotation @ root - root
+        pose = np.concatenate([axis_angle(estimate.rotation), np.zeros(3)])
+        return replace(code, pose=pose, camera=np.array([estimate.scale, *shift[:2]]))
+
+
+def fit_head(model: HeadModel, points: Float[np.ndarray, "478 3"], blendshapes: Float[np.ndarray, "52"],
+             rotation: Float[np.ndarray, "3 3"], image: UInt8[np.ndarray, "h w 3"]) -> HeadCode:
+    """The head in one photo; for many photos keep a HeadFitter."""
+    return HeadFitter(model).fit(points, blendshapes, rotation, image)
+
+
+def _turning(points: Points) -> Float64[np.ndarray, "n 3 3"]:
+    """How each point moves per radian about x, y and z: columns are axis x point."""
+    x, y, z = points.T
+    zero = np.zeros_like(x)
+    return np.stack([np.stack([zero, -z, y], 1), np.stack([z, zero, -x], 1), np.stack([-y, x, zero], 1)], axis=2)
+
+
+def _trust(measured: Points) -> Points:
+    """One over the standard deviation of each coordinate."""
+    eyes = float(np.linalg.norm(measured[OUTER_EYE_CORNERS[0]] - measured[OUTER_EYE_CORNERS[1]]))
+    sigma = np.full((LANDMARKS, 3), POINT_SIGMA)
+    sigma[FACE_OVAL] = OVAL_SIGMA
+    sigma[:, 2] = DEPTH_SIGMA
+    return np.asarray(1 / (sigma * eyes))

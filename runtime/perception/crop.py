@@ -1,0 +1,55 @@
+"""The face alone: its hull, a mask of it, and the levelled crop on white that the image encoder reads."""
+import numpy as np
+from jaxtyping import Bool, Float, Float32, UInt8
+
+from caphuman_edge.runtime.perception.landmarks import FaceLandmarks, levelled_square
+from caphuman_edge.runtime.perception.warp import apply, invert, warp
+
+HULL_MARGIN = 1.05  # crop edge over the hull's longer side: no landmark touches the border
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # RGB in 0..1
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def face_crop(image: UInt8[np.ndarray, "h w 3"], landmarks: FaceLandmarks, size: int) -> Float32[np.ndarray, "3 s s"]:
+    """The face with level eyes on white, size x size, normalised with CLIP's mean and deviation.
+
+    The square is turned and scaled with the face, so a tilt of the head or of the camera is not in the crop.
+    """
+    hull = face_hull(landmarks)
+    square = levelled_square(hull, landmarks.tilt, HULL_MARGIN, size)
+    mask = hull_mask(apply(invert(square), hull), size, size)
+    face = np.where(mask[..., None], warp(image, square, size) / 255, 1)
+    return np.asarray(((face - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1), np.float32, order="C")
+
+
+def face_hull(landmarks: FaceLandmarks) -> Float[np.ndarray, "n 2"]:
+    """The convex hull of the landmarks in image pixels, clockwise as seen (Andrew's monotone chain)."""
+    points = sorted(map(tuple, landmarks.points[:, :2].astype(float)))
+    return np.array(_half_hull(points) + _half_hull(points[::-1]))
+
+
+def hull_mask(hull: Float[np.ndarray, "n 2"], height: int, width: int) -> Bool[np.ndarray, "height width"]:
+    """True where a pixel's centre lies inside the convex hull: in each row, between its leftmost and rightmost edge."""
+    y = np.arange(height)[:, None] + 0.5
+    start, end = hull, np.roll(hull, -1, axis=0)
+    crosses = (start[:, 1] <= y) != (end[:, 1] <= y)  # (rows, edges)
+    rise = np.where(start[:, 1] == end[:, 1], 1, end[:, 1] - start[:, 1])  # level edges cross no row
+    x = start[:, 0] + (y - start[:, 1]) * (end[:, 0] - start[:, 0]) / rise
+    left = np.where(crosses, x, np.inf).min(axis=1, keepdims=True)
+    right = np.where(crosses, x, -np.inf).max(axis=1, keepdims=True)
+    columns = np.arange(width) + 0.5
+    return (left <= columns) & (columns < right)
+
+
+def _half_hull(points: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """One side of the hull, without its last point."""
+    chain: list[tuple[float, ...]] = []
+    for point in points:
+        while len(chain) > 1 and _turn(chain[-2], chain[-1], point) <= 0:
+            chain.pop()
+        chain.append(point)
+    return chain[:-1]
+
+
+def _turn(a: tuple[float, ...], b: tuple[float, ...], c: tuple[float, ...]) -> float:
+    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])

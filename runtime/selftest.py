@@ -1,0 +1,87 @@
+"""A bundle's self-test: the graphs that this machine runs, against the outputs that were stored when it was built.
+
+selftest.npz holds `<graph>/in/<tensor>` and `<graph>/out/<tensor>`; floats may be stored as halves to save space.
+"""
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from .backends import Arrays, Graph
+from .bundle import Bundle
+from .errors import BundleError, ShapeMismatch
+
+FLOOR_INT8, FLOOR_HALF, FLOOR_FLOAT = 35, 45, 60  # dB; see `floor_db`
+EXACT = 200.0  # dB; stands for no difference at all, which JSON has no infinity for
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How close one graph comes to what it should compute."""
+
+    graph: str
+    psnr_db: float  # of its worst output
+    floor_db: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the graph may be trusted here."""
+        return self.psnr_db >= self.floor_db
+
+
+def self_test(bundle: Bundle, backend: str = "ort", threads: int | None = None) -> Iterator[Verdict]:
+    """Run every graph that the self-test covers. Raises BundleError where the bundle has none or it does not fit."""
+    arrays = _load(bundle.file("selftest"))
+    for name in sorted({key.split("/")[0] for key in arrays}):
+        graph = bundle.graph(name, backend, threads=threads)
+        expected = _tensors(arrays, f"{name}/out/")
+        outputs = graph(_inputs(graph, _tensors(arrays, f"{name}/in/")))
+        yield Verdict(name, _worst(name, outputs, expected), floor_db(bundle.component(name).precision, expected))
+
+
+def floor_db(precision: str, expected: Mapping[str, np.ndarray]) -> float:
+    """What a graph must reach: 35 dB with weights of 8 bits, 45 if its expectations are halves, else 60.
+
+    Rounding an expectation to halves alone leaves 70 dB and more; the rest is room for weights that are halves too and
+    for a backend that computes in them.
+    """
+    if precision.startswith("int"):
+        return FLOOR_INT8
+    return FLOOR_HALF if any(array.dtype == np.float16 for array in expected.values()) else FLOOR_FLOAT
+
+
+def psnr_db(found: np.ndarray, expected: np.ndarray) -> float:
+    """20 log10(max |expected| / RMSE), limited to +-200; -200 where anything found is not finite."""
+    if not np.isfinite(found).all():
+        return -EXACT
+    reference = expected.astype(np.float64)
+    peak, error = np.abs(reference).max(), np.sqrt(np.mean((found - reference) ** 2))
+    return EXACT if error == 0 else float(np.clip(20 * np.log10(max(peak, 1e-10) / error), -EXACT, EXACT))
+
+
+def _load(path: Path) -> Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise BundleError(f"{path} is not a self-test ({error}); rebuild the bundle") from error
+
+
+def _tensors(arrays: Arrays, prefix: str) -> Arrays:
+    return {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+
+
+def _inputs(graph: Graph, stored: Arrays) -> Arrays:
+    """The stored inputs in the graph's own dtypes; a foreign one goes in as it is, for the graph to refuse."""
+    dtypes = {spec.name: spec.dtype for spec in graph.inputs}
+    return {name: array.astype(dtypes.get(name, array.dtype)) for name, array in stored.items()}
+
+
+def _worst(name: str, outputs: Arrays, expected: Arrays) -> float:
+    for tensor, array in expected.items():
+        if tensor not in outputs or outputs[tensor].shape != array.shape:
+            raise ShapeMismatch(f"{name}: selftest.npz expects {tensor} of shape {array.shape}, which the graph does "
+                                "not give; rebuild the bundle")
+    return min(psnr_db(outputs[tensor], array) for tensor, array in expected.items())

@@ -1,0 +1,105 @@
+"""The miniature's training runs, saves, resumes and is read back; on a label folder made of noise."""
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from caphuman_edge.ref.training import nano
+from caphuman_edge.ref.training.labels import Labels
+from caphuman_edge.ref.training.run import Plan, Run
+from caphuman_edge.ref.training.weights import load_vae, metadata
+from caphuman_edge.runtime.contract import NANO
+from PIL import Image
+
+NAMES = np.array(["00300", "00300_a", "00300_b", "00301"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A label folder of four pictures: three of one identity, one of another."""
+    path, rng = tmp_path_factory.mktemp("labels"), np.random.default_rng(0)
+    count, edge = len(NAMES), NANO.vision.image_size
+    jpegs = [_jpeg(rng.integers(256, size=(edge, edge, 3), dtype=np.uint8)) for _ in range(count)]
+    np.savez(path / "labels.npz", names=NAMES, identities=rng.normal(size=(count, 128)).astype(np.float16),
+             masks=np.packbits(rng.random((count, *NANO.latent_shape[1:])) > 0.5, axis=-1),
+             captions=rng.integers(1000, size=(count, 2, 77)).astype(np.uint16),
+             empty_caption=np.full(77, 49407, np.uint16),
+             crops=np.frombuffer(b"".join(jpegs), np.uint8), crop_ends=np.cumsum([len(jpeg) for jpeg in jpegs]))
+    vae = dataclasses.replace(NANO.vae, latent_scale=0.25)
+    np.savez(path / "latents.npz", names=NAMES, step=np.float32(0.05), config=json.dumps(dataclasses.asdict(vae)),
+             latents=rng.integers(-60, 60, size=(count, *NANO.latent_shape), dtype=np.int8))
+    np.save(path / "maps.npy", rng.normal(size=(count, 9, NANO.height, NANO.width)).astype(np.float16))
+    return path
+
+
+@pytest.fixture
+def labels(folder):
+    return Labels(folder)
+
+
+def test_references_are_other_pictures_of_the_same_identity(labels):
+    assert [others.tolist() for others in labels.others] == [[1, 2], [0, 2], [0, 1], []]
+
+
+def test_a_batch_pairs_targets_with_references(labels):
+    batch = labels.batch(8, np.random.default_rng(1), torch.device("cpu"), text_dropout=0.0)
+    target = int(np.argmin(np.abs(labels.latents - batch.latents[0].numpy()).sum(axis=(1, 2, 3))))
+    assert np.allclose(batch.maps[0], labels.maps[target], atol=1e-3)
+    reference = int(np.argmin(np.abs(labels.identities - batch.identities[0].numpy()).sum(axis=1)))
+    assert reference in labels.others[target] or (reference == target and not len(labels.others[target]))
+
+
+def test_text_dropout_one_leaves_only_empty_captions(labels):
+    batch = labels.batch(4, np.random.default_rng(1), torch.device("cpu"), text_dropout=1.0)
+    assert (batch.captions == 49407).all()
+
+
+def test_labels_of_another_autoencoder_are_refused(folder, tmp_path):
+    for name in ("labels.npz", "maps.npy"):
+        (tmp_path / name).symlink_to(folder / name)
+    np.savez(tmp_path / "latents.npz", names=NAMES[:2], step=1.0, config="{}", latents=np.zeros(2))
+    with pytest.raises(ValueError, match="run `export.labels encode` again"):
+        Labels(tmp_path)
+
+
+def test_training_saves_and_goes_on_where_it_stopped(labels, tmp_path):
+    first = _run(labels, tmp_path, steps=2)
+    again = _run(labels, tmp_path, steps=1)
+    assert (first.step, again.step, again.samples) == (2, 3, 3 * again.plan.batch)
+    assert metadata(tmp_path)["samples"] == again.samples
+    assert not all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_words_of_no_caption_keep_zero_embeddings(labels, tmp_path):
+    table = _run(labels, tmp_path, steps=2).model.text_encoder.text_model.embeddings.token_embedding.weight
+    assert table[2000:49000].abs().max() == 0
+    assert table[49407].abs().max() > 0
+
+
+def test_an_autoencoder_run_is_read_back_in_half_precision(tmp_path):
+    from caphuman_edge.ref.autoencoder import Autoencoder
+
+    model = Autoencoder(NANO.vae)
+    run = Run(tmp_path, model, Plan(minutes=1), {"vae": dataclasses.asdict(NANO.vae)})
+    run.save()
+    for name, value in load_vae(tmp_path).state_dict().items():
+        assert torch.equal(value, model.state_dict()[name].half().float())
+
+
+def _run(labels, folder, steps):
+    torch.manual_seed(0)
+    trainer = nano.Trainer(NANO, labels, torch.device("cpu"), compiled=False)
+    run = Run(folder, trainer.model, Plan(minutes=10, batch=2), {"config": NANO.to_json()})
+    rng = np.random.default_rng(run.step)
+    for _ in range(steps):
+        run.update(trainer.losses(labels.batch(2, rng, torch.device("cpu"), nano.TEXT_DROPOUT))["loss"])
+    run.save()
+    return run
+
+
+def _jpeg(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
