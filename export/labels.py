@@ -24,10 +24,10 @@ from PIL import Image
 
 from caphuman_edge.export.attributes import captions, measure_attributes
 from caphuman_edge.ref.training.weights import load_vae
+from caphuman_edge.runtime.backends import open_backend
 from caphuman_edge.runtime.condition import condition_maps
 from caphuman_edge.runtime.contract import NANO
 from caphuman_edge.runtime.errors import CapHumanError
-from caphuman_edge.runtime.backends import open_backend
 from caphuman_edge.runtime.head import HeadCode, HeadFitter, load_head
 from caphuman_edge.runtime.image import load_photo
 from caphuman_edge.runtime.perception import Perception, face_crop, face_hull, head_rotation, hull_mask, select_face
@@ -107,7 +107,8 @@ def encode(pictures: Path, vae: Path, out: Path) -> None:
     sizes = asdict(model.config)
     with np.load(out / "labels.npz") as labels:
         names = labels["names"]
-    means = np.concatenate([_encode(model, pictures, chunk) for chunk in _progress(_chunks(names, 16), len(names) / 16)])
+    chunks = _progress(_chunks(names, 16), len(names) / 16)
+    means = np.concatenate([_encode(model, pictures, chunk) for chunk in chunks])
     sizes["latent_scale"] = float(1 / means.std())
     codes = np.clip(np.rint(means * sizes["latent_scale"] * LATENT_CODES), -127, 127).astype(np.int8)
     np.savez_compressed(out / "latents.npz", names=names, latents=codes, step=np.float32(1 / LATENT_CODES),
@@ -138,7 +139,8 @@ def _worn(names: np.ndarray, fields: dict[str, np.ndarray], index: int) -> dict[
 
 def _draw(fields: dict[str, np.ndarray]) -> np.ndarray:
     head = _fitter().model
-    return condition_maps(NumpyRenderer(), head, HeadCode(head.layout, **fields), NANO.height, NANO.width).astype(np.float16)
+    code = HeadCode(head.layout, **fields)
+    return condition_maps(NumpyRenderer(), head, code, NANO.height, NANO.width).astype(np.float16)
 
 
 def _encode(model: torch.nn.Module, pictures: Path, names: np.ndarray) -> np.ndarray:

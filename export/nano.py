@@ -39,8 +39,8 @@ def main() -> None:
     options = parser.parse_args()
     model = load_nano(options.weights, options.vae)
     facts = metadata(options.weights)
-    provenance = {"samples_seen": facts["samples"], "training_steps": facts["step"],
-                  "sha256": {path.parent.name: _sha256(path) for path in (options.weights / WEIGHTS, options.vae / WEIGHTS)}}
+    hashes = {name: _sha256(folder / WEIGHTS) for name, folder in (("model", options.weights), ("vae", options.vae))}
+    provenance = {"samples_seen": facts["samples"], "training_steps": facts["step"], "sha256": hashes}
     sources = Sources(options.perception, "nano", Schedule(steps=STEPS, guidance=GUIDANCE), provenance, LICENCES)
     build(model, fit_preview(model, options.labels), sources, options.out, lambda line: print(line, file=sys.stderr))
 

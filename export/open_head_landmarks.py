@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt8
+from jaxtyping import Bool, Float, Float64, Int64, UInt8
 
 from caphuman_edge.runtime.head.code import HeadCode, project
 from caphuman_edge.runtime.head.fit import FACE_OVAL

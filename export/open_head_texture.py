@@ -28,11 +28,11 @@ LEFT_EYE = (33, 7, 163, 144, 145, 153, 154, 155, 133, 173, 157, 158, 159, 160, 1
 RIGHT_EYE = (263, 249, 390, 373, 374, 380, 381, 382, 362, 398, 384, 385, 386, 387, 388, 466)
 LEFT_BROW = (70, 63, 105, 66, 107, 55, 65, 52, 53, 46)
 RIGHT_BROW = (300, 293, 334, 296, 336, 285, 295, 282, 283, 276)
-LEFT_CHEEK, RIGHT_CHEEK, NOSE_TIP, CHIN, LIP_TOP, NOSE_FOOT, GLABELLA = 50, 280, 4, 152, 0, 2, 9
+LEFT_CHEEK, RIGHT_CHEEK, NOSE_TIP, CHIN, NOSE_FOOT, GLABELLA = 50, 280, 4, 152, 2, 9
 
 SKIN, LIP, BROW, LASH = (0.80, 0.62, 0.54), (0.70, 0.42, 0.40), (0.28, 0.20, 0.16), (0.20, 0.13, 0.11)
-SCLERA, IRIS, PUPIL = (0.86, 0.83, 0.81), (0.33, 0.21, 0.13), (0.04, 0.03, 0.03)
-TEETH, TONGUE, INSIDE = (0.86, 0.82, 0.74), (0.72, 0.38, 0.37), (0.30, 0.12, 0.11)
+SCLERA, IRIS, PUPIL = (0.74, 0.70, 0.68), (0.33, 0.21, 0.13), (0.04, 0.03, 0.03)
+TEETH, TONGUE, INSIDE = (0.78, 0.73, 0.65), (0.72, 0.38, 0.37), (0.30, 0.12, 0.11)
 LIP_RINGS = 6  # rows of MakeHuman's quads between the mouth's opening and the rim of the red
 IRIS_RADIUS, PUPIL_RADIUS = 0.43, 0.17  # of the eyeball's
 
@@ -206,14 +206,16 @@ def _spot(centre: Float64[np.ndarray, "2"], radius: float) -> Mask:
 
 
 def _beard(points: Landmarks, lips: Mask, spread: float) -> Mask:
-    """Upper lip, chin and jaw, fading towards the cheeks."""
+    """Upper lip, chin and jaw: a soft arch below the cheeks."""
     u, v = _grid()
-    width = 0.62 * spread
-    jaw = np.clip((points[NOSE_FOOT, 1] - v) / (0.06 * spread), 0, 1)
-    jaw *= np.exp(-(((u - points[CHIN, 0]) / width) ** 4) - np.clip((points[CHIN, 1] - v) / (0.2 * spread), 0, 9) ** 2)
-    corner = np.abs(u - points[CHIN, 0]) / width
-    jaw *= np.clip((points[LIP_TOP, 1] + 0.1 * spread - v) / (0.3 * spread) + 1.2 - corner * 1.3, 0, 1)
-    return np.asarray(jaw * (1 - lips) * (v > PATCH_ROW))
+    across, down = (u - points[CHIN, 0]) / spread, (points[NOSE_FOOT, 1] - v) / spread
+    # the beard's upper rim falls from the nose to the cheek, then rises towards the ear
+    rim = 0.12 + 0.5 * np.exp(-((np.abs(across) - 0.42) / 0.2) ** 2) - 0.15 * np.clip(np.abs(across) - 0.7, 0, 1)
+    length = (points[NOSE_FOOT, 1] - points[CHIN, 1]) / spread
+    below = 1 / (1 + np.exp(-(down - rim) / 0.05))
+    above_neck = 1 / (1 + np.exp((down - 1.15 * length) / 0.08))
+    sides = 1 / (1 + np.exp((np.abs(across) - 1.15) / 0.06))
+    return np.asarray(below * above_neck * sides * (1 - lips) * (v > PATCH_ROW))
 
 
 def _over(base: Float64[np.ndarray, "t t 3"], mask: Mask, colour: Sequence[float]) -> Float64[np.ndarray, "t t 3"]:

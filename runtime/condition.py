@@ -17,4 +17,5 @@ def condition_maps(
 def head_mesh(model: HeadModel, code: HeadCode) -> Mesh:
     """The head as the renderers take it: projected, textured, lit."""
     vertices = model.vertices(code)
-    return Mesh(project(vertices, code), model.normals(vertices), model.faces, model.face_uv, model.texture(code), code.light)
+    return Mesh(project(vertices, code), model.normals(vertices), model.faces, model.face_uv, model.texture(code),
+                code.light)

@@ -97,7 +97,7 @@ class Config:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Config":
-        """Rebuild a config; unknown or missing keys raise TypeError."""
+        """Rebuild a config; unknown keys raise TypeError, missing ones take the full size's values."""
         parts = {"unet": UNetConfig, "text": TextConfig, "vision": VisionConfig, "vae": VaeConfig}
         fields = {k: parts[k](**_tuples(v)) if k in parts else v for k, v in data.items()}
         return cls(**fields)

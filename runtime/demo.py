@@ -52,11 +52,12 @@ def _run(argv: Sequence[str] | None) -> int:
     photo = astronaut(args.photo) if args.photo.suffix == ".whl" else args.photo
     pipe = open_pipeline()
     subject = pipe.perceive(photo)
+    settings = pipe.settings(prompt=PROMPT, steps=args.steps)
     make_folder(args.out)
     tiles = []
     for name, yaw in YAWS.items():
         head = subject.head.posed(yaw=yaw)
-        portrait = draw(pipe, subject, head, pipe.settings(prompt=PROMPT), name, {"yaw": yaw})
+        portrait = draw(pipe, subject, head, settings, name, {"yaw": yaw})
         portrait.save(args.out / name)
         tiles += [Tile("photo", subject.photo), *map_tiles(pipe.maps(head)), Tile(f"yaw {yaw}", portrait.pixels)]
     save_png(args.out / SHEET, contact_sheet(tiles))
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m caphuman_edge.runtime.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--photo", type=Path, required=True, help="a photo of a face, or a wheel of scikit-image")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder to write to (default: here)")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the bundle's)")
     return parser
 
 

@@ -73,7 +73,7 @@ class Step:
     def preview(self) -> UInt8[np.ndarray, "h w 3"]:
         """A cheap, coarse picture of what this step predicts, at full size."""
         coarse = self.pipeline.decode(self.clean, "preview_decoder")
-        return resize(coarse, self.pipeline.bundle.config.width, self.pipeline.bundle.config.height, "bicubic")
+        return resize(coarse, self.pipeline.bundle.config.height, self.pipeline.bundle.config.width, "bicubic")
 
     @property
     def image(self) -> Portrait:
@@ -175,5 +175,5 @@ class Pipeline:
             yield cuda_normal(seed, shape, offset=draw)
 
     def _recipe(self, settings: Settings) -> dict[str, object]:
-        return {**dataclasses.asdict(settings), "bundle": self.bundle.manifest.name, "bundle_sha256": self.bundle.digest,
-                "backend": self.backend, "made_with": f"caphuman-edge {version('caphuman-edge')}"}
+        return {**dataclasses.asdict(settings), "backend": self.backend, "bundle": self.bundle.manifest.name,
+                "bundle_sha256": self.bundle.digest, "made_with": f"caphuman-edge {version('caphuman-edge')}"}

@@ -16,7 +16,6 @@ from torch import Tensor
 from caphuman_edge.ref.clip import IMAGE_MEAN, IMAGE_STD
 
 
-
 @dataclass(frozen=True)
 class Batch:
     """One training batch on the model's device."""

@@ -23,12 +23,18 @@ RIGID = 7  # parameters before the shape: log scale, shift, turn
 SMALLEST_FACE = 0.01  # of half the frame
 OUTER_EYE_CORNERS = [33, 263]
 # Standard deviations. Neighbouring landmarks err together, so each counts for less than its own error would say.
-POINT_SIGMA = 0.035  # of the distance between the outer eye corners, across the picture
+POINT_SIGMA = 0.02  # of the distance between the outer eye corners, across the picture
+FEATURE_SIGMA = 0.012  # lips, lids and irises are what one sees first
 DEPTH_SIGMA = 0.25  # of the same; depth is the network's guess
-OVAL_SIGMA = 0.09  # the outline slides along the cheek as the head turns
+OVAL_SIGMA = 0.05  # the outline slides along the cheek as the head turns
 IDENTITY_SIGMA = 1.0
-EXPRESSION_SIGMA = 0.2
+EXPRESSION_SIGMA = 0.3
 UNSEEN_SIGMA = 0.05  # units without a measured score stay near 0
+FEATURES = [
+    61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 409, 270, 269, 267, 0, 37, 39, 40, 185, 78, 191, 80, 81, 82, 13,
+    312, 311, 310, 415, 308, 95, 88, 178, 87, 14, 317, 402, 318, 324, 33, 7, 163, 144, 145, 153, 154, 155, 133, 173,
+    157, 158, 159, 160, 161, 246, 263, 249, 390, 373, 374, 380, 381, 382, 362, 398, 384, 385, 386, 387, 388, 466,
+    *range(468, 478)]
 FACE_OVAL = [10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176,
              149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109]
 
@@ -168,6 +174,7 @@ def _trust(measured: Points) -> Points:
     """One over the standard deviation of each coordinate."""
     eyes = float(np.linalg.norm(measured[OUTER_EYE_CORNERS[0]] - measured[OUTER_EYE_CORNERS[1]]))
     sigma = np.full((LANDMARKS, 3), POINT_SIGMA)
+    sigma[FEATURES] = FEATURE_SIGMA
     sigma[FACE_OVAL] = OVAL_SIGMA
     sigma[:, 2] = DEPTH_SIGMA
     return np.asarray(1 / (sigma * eyes))

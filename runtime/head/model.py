@@ -5,7 +5,6 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from caphuman_edge.runtime.errors import BundleError, ShapeMismatch
 from caphuman_edge.runtime.head.code import HeadCode, HeadLayout
 from caphuman_edge.runtime.head.skinning import rotation_matrices, skin
 
