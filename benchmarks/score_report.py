@@ -14,7 +14,6 @@ from benchmarks.score_figures import (
     AttributeFigures,
     Record,
     attribute_figures,
-    attribute_mean,
     figures,
     goals,
 )
@@ -38,15 +37,16 @@ def as_json(records: Sequence[Record], skipped: int, settings: Mapping[str, Any]
         "settings": dict(settings), "pairs": len(records), "skipped": skipped, "confidence_percent": CONFIDENCE,
         "figures": {column: _plain(figures(records, column)) for column in columns},
         "attributes": {column: _plain(attribute_figures(records, column)) for column in columns},
-        "goals": [dataclasses.asdict(goal) for goal in goals(records)],
+        "goals": [_without_nan(dataclasses.asdict(goal)) for goal in goals(records)],
     }
 
 
 def as_markdown(records: Sequence[Record], skipped: int, settings: Mapping[str, Any]) -> str:
     """Three tables: measures, attributes, goals."""
     told = ", ".join(f"{name} {value}" for name, value in settings.items())
-    head = f"{len(records)} pairs, {skipped} skipped (no measurable reference); {told}. Brackets: {CONFIDENCE} % bootstrap."
-    return "\n\n".join([head, _measures(records), _attributes(records), _goals(records)])
+    head = f"{len(records)} pairs, {skipped} skipped (no measurable reference); {told}."
+    notes = f"Brackets: {CONFIDENCE} % intervals, by bootstrap over pairs. What cannot be told of a portrait is wrong."
+    return "\n\n".join([f"{head} {notes}", _measures(records), _attributes(records), _goals(records)])
 
 
 def _measures(records: Sequence[Record]) -> str:
@@ -62,8 +62,6 @@ def _attributes(records: Sequence[Record]) -> str:
     columns = _columns(records)
     found = {column: attribute_figures(records, column) for column in columns}
     rows = [_attribute_row(name, {column: found[column][name] for column in columns}) for name in found[ANSWER]]
-    rows.append(["mean", "", _percent(attribute_mean(records, ANSWER)), "", "", "",
-                 *(_percent(attribute_mean(records, column)) for column in columns[1:])])
     return _table(["prompt names", "prompts", COLUMNS[ANSWER], "of those told", "shuffled", "commonest",
                    *(COLUMNS[column] for column in columns[1:])], rows)
 

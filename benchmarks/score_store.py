@@ -70,7 +70,7 @@ class Store:
     def write_sheet(self, pairs: list[int]) -> None:
         """The strips of these pairs in one picture."""
         strips = [np.array(Image.open(self._strip(pair))) for pair in pairs]
-        blank = np.zeros_like(strips[0])
+        blank = np.full_like(strips[0], strips[0][0, 0])
         strips += [blank] * (-len(strips) % STRIPS_A_ROW)
         rows = [np.concatenate(strips[start:start + STRIPS_A_ROW], axis=1)
                 for start in range(0, len(strips), STRIPS_A_ROW)]

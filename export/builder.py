@@ -36,6 +36,7 @@ class Sources:
     schedule: Schedule
     provenance: Mapping[str, Any]
     licences: Mapping[str, str]
+    licence_text: str
 
 
 def build(model: CapHuman, preview: PreviewDecoder, sources: Sources, out: Path,
@@ -50,7 +51,7 @@ def build(model: CapHuman, preview: PreviewDecoder, sources: Sources, out: Path,
         for place, files in _folders(parts).items():
             components |= _write_graphs(folder, place, files, parts, specs, report)
         components |= _copy_perception(folder, sources.perception, specs)
-        components |= _copy_data(folder)
+        components |= _copy_data(folder, sources.licence_text)
         report("selftest")
         components["selftest"] = _write_selftest(folder, parts, specs)
         write_manifest(folder, Manifest(sources.name, model.config, sources.schedule, components,
@@ -90,8 +91,9 @@ def _copy_perception(folder: Path, source: Path, specs: Mapping[str, GraphSpec])
     return components
 
 
-def _copy_data(folder: Path) -> dict[str, Component]:
-    components = {}
+def _copy_data(folder: Path, licence_text: str) -> dict[str, Component]:
+    (folder / "LICENSE").write_text(licence_text, encoding="utf-8")
+    components = {"licence": Component("LICENSE", record_files(folder, [folder / "LICENSE"]), "data")}
     for name, source in (("head", OPEN_HEAD), ("tokenizer", VOCABULARY)):
         (folder / name).mkdir()
         target = folder / name / source.name

@@ -11,22 +11,9 @@ from caphuman_edge.export.graphs import example_inputs
 from caphuman_edge.runtime.backends import Backend
 from caphuman_edge.runtime.contract import GraphSpec
 from caphuman_edge.runtime.errors import BundleError
+from caphuman_edge.runtime.selftest import psnr_db
 
 FLOORS_DB = {"f32": 60.0, "f16": 35.0}  # least PSNR of any output, by precision of the arithmetic
-
-
-def psnr(value: np.ndarray, reference: np.ndarray) -> float:
-    """20 log10(max|reference| / RMSE) in dB, as Apple's converter measures; 200 where both are equal.
-
-    NaN in either gives -inf, so that it never passes a floor.
-    """
-    difference = value.astype(np.float64) - reference.astype(np.float64)
-    error, peak = math.sqrt(float(np.mean(difference**2))), float(np.abs(reference).max())
-    if not math.isfinite(error) or not math.isfinite(peak):
-        return -math.inf
-    if error == 0:
-        return 200.0
-    return 20 * math.log10(peak / error) if peak else -math.inf
 
 
 def reference_outputs(module: nn.Module, spec: GraphSpec, inputs: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -49,7 +36,7 @@ def check_graph(path: Path, spec: GraphSpec, module: nn.Module, backend: Backend
         inputs = example_inputs(spec.inputs, seed, batch=min(batch, 2))
         wanted = reference_outputs(module, spec, inputs)
         got = graph({name: tensor.numpy() for name, tensor in inputs.items()})
-        worst = {name: round(min(worst.get(name, math.inf), psnr(got[name], wanted[name])), 2) for name in wanted}
+        worst = {name: round(min(worst.get(name, math.inf), psnr_db(got[name], wanted[name])), 2) for name in wanted}
     for name, decibels in worst.items():
         if decibels < FLOORS_DB[precision]:
             raise BundleError(f"{path}: {name} differs from the reference, PSNR {decibels:.1f} dB, expected at least "

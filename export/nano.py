@@ -19,6 +19,16 @@ from caphuman_edge.runtime.schedule import Schedule
 
 GUIDANCE = 3.0
 STEPS = 20
+LICENCE_TEXT = """\
+The weights of this bundle's text_encoder, image_encoder, hint_encoder, denoiser, capface, unet, vae_decoder and
+preview_decoder are licensed for non-commercial research use only. They were trained by the CapHuman Edge authors on
+pictures of people who do not exist, made with a face generator (MobileStyleGAN, whose author licenses it under
+Apache-2.0) that was distilled from StyleGAN2, trained on FFHQ, whose terms are non-commercial.
+They come without warranty of any kind. Do not use them to deceive, or to depict a person without that person's consent.
+
+face_detector, face_landmarks and face_blendshapes are MediaPipe's (Apache-2.0), id_encoder is SFace of the OpenCV model
+zoo (Apache-2.0), head is derived from MakeHuman data (CC0 1.0), tokenizer is CLIP's vocabulary (MIT): see NOTICE.
+"""
 LICENCES = {
     "trained weights": "research use only: the training pictures' generator descends from non-commercial data",
     "face_detector, face_landmarks, face_blendshapes": "Apache-2.0, Google (face_landmarker)",
@@ -41,7 +51,8 @@ def main() -> None:
     facts = metadata(options.weights)
     hashes = {name: _sha256(folder / WEIGHTS) for name, folder in (("model", options.weights), ("vae", options.vae))}
     provenance = {"samples_seen": facts["samples"], "training_steps": facts["step"], "sha256": hashes}
-    sources = Sources(options.perception, "nano", Schedule(steps=STEPS, guidance=GUIDANCE), provenance, LICENCES)
+    sources = Sources(options.perception, "nano", Schedule(steps=STEPS, guidance=GUIDANCE), provenance, LICENCES,
+                      LICENCE_TEXT)
     build(model, fit_preview(model, options.labels), sources, options.out, lambda line: print(line, file=sys.stderr))
 
 

@@ -28,11 +28,12 @@ LEFT_EYE = (33, 7, 163, 144, 145, 153, 154, 155, 133, 173, 157, 158, 159, 160, 1
 RIGHT_EYE = (263, 249, 390, 373, 374, 380, 381, 382, 362, 398, 384, 385, 386, 387, 388, 466)
 LEFT_BROW = (70, 63, 105, 66, 107, 55, 65, 52, 53, 46)
 RIGHT_BROW = (300, 293, 334, 296, 336, 285, 295, 282, 283, 276)
-LEFT_CHEEK, RIGHT_CHEEK, NOSE_TIP, CHIN, NOSE_FOOT, GLABELLA = 50, 280, 4, 152, 2, 9
+LEFT_CHEEK, RIGHT_CHEEK, NOSE_TIP, CHIN, NOSE_FOOT, GLABELLA, MOUTH_CORNER = 50, 280, 4, 152, 2, 9, 61
+EAR_AND_JAW = (93, 132, 58, 172, 136, 150, 149, 176, 148, 152)
 
 SKIN, LIP, BROW, LASH = (0.80, 0.62, 0.54), (0.70, 0.42, 0.40), (0.28, 0.20, 0.16), (0.20, 0.13, 0.11)
 SCLERA, IRIS, PUPIL = (0.74, 0.70, 0.68), (0.33, 0.21, 0.13), (0.04, 0.03, 0.03)
-TEETH, TONGUE, INSIDE = (0.78, 0.73, 0.65), (0.72, 0.38, 0.37), (0.30, 0.12, 0.11)
+TEETH, TONGUE, INSIDE = (0.78, 0.73, 0.65), (0.46, 0.21, 0.20), (0.26, 0.10, 0.09)
 LIP_RINGS = 6  # rows of MakeHuman's quads between the mouth's opening and the rim of the red
 IRIS_RADIUS, PUPIL_RADIUS = 0.43, 0.17  # of the eyeball's
 
@@ -108,8 +109,8 @@ def _made_up(mean: Float64[np.ndarray, "t t 3"], head: Mask, iris: Mask, lips: M
     mean = mean - (0.02 * sockets * head)[..., None] * [0.8, 1, 0.8]
     mean = _over(_over(_over(mean, lips, LIP), 0.7 * brows, BROW), 0.6 * lashes, LASH)
     parts: dict[str, tuple[Mask, Sequence[float]]] = {
-        "skin red": (skin, (0.1, 0, 0)), "skin green": (skin, (0, 0.1, 0)), "skin blue": (skin, (0, 0, 0.1)),
-        "lips red": (lips, (0.1, 0, 0)), "lips green": (lips, (0, 0.1, 0)), "lips blue": (lips, (0, 0, 0.1)),
+        "skin red": (skin, (0.2, 0, 0)), "skin green": (skin, (0, 0.2, 0)), "skin blue": (skin, (0, 0, 0.2)),
+        "lips red": (lips, (0.15, 0, 0)), "lips green": (lips, (0, 0.15, 0)), "lips blue": (lips, (0, 0, 0.15)),
         "brows": (brows, (-0.12, -0.11, -0.1)), "lashes": (lashes, (-0.1, -0.1, -0.1)),
         "beard": (beard, (-0.12, -0.11, -0.1)), "cheeks": (cheeks, (0.02, -0.06, -0.05)),
         "nose": (nose, (0.02, -0.06, -0.05)), "eye sockets": (sockets * head, (-0.08, -0.09, -0.07)),
@@ -206,16 +207,14 @@ def _spot(centre: Float64[np.ndarray, "2"], radius: float) -> Mask:
 
 
 def _beard(points: Landmarks, lips: Mask, spread: float) -> Mask:
-    """Upper lip, chin and jaw: a soft arch below the cheeks."""
-    u, v = _grid()
-    across, down = (u - points[CHIN, 0]) / spread, (points[NOSE_FOOT, 1] - v) / spread
-    # the beard's upper rim falls from the nose to the cheek, then rises towards the ear
-    rim = 0.12 + 0.5 * np.exp(-((np.abs(across) - 0.42) / 0.2) ** 2) - 0.15 * np.clip(np.abs(across) - 0.7, 0, 1)
-    length = (points[NOSE_FOOT, 1] - points[CHIN, 1]) / spread
-    below = 1 / (1 + np.exp(-(down - rim) / 0.05))
-    above_neck = 1 / (1 + np.exp((down - 1.15 * length) / 0.08))
-    sides = 1 / (1 + np.exp((np.abs(across) - 1.15) / 0.06))
-    return np.asarray(below * above_neck * sides * (1 - lips) * (v > PATCH_ROW))
+    """Upper lip, chin, jaw and a little throat; the upper rim runs from the ears under the cheeks to the nose."""
+    middle = points[CHIN, 0]
+    left_rim = [points[EAR_AND_JAW[0]], points[MOUTH_CORNER] + spread * np.array([-0.28, 0.02]),
+                points[MOUTH_CORNER] + spread * np.array([-0.1, 0.1]), points[NOSE_FOOT] - [0.14 * spread, 0]]
+    left_jaw = points[list(EAR_AND_JAW)] - [0, 0.1 * spread]
+    left = np.concatenate([left_jaw[::-1], left_rim])
+    right = left[::-1] * [-1, 1] + [2 * middle, 0]
+    return np.asarray(_polygon([np.concatenate([left, right])], blur=3.5) * (1 - lips))
 
 
 def _over(base: Float64[np.ndarray, "t t 3"], mask: Mask, colour: Sequence[float]) -> Float64[np.ndarray, "t t 3"]:

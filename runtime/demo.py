@@ -20,7 +20,7 @@ from .errors import BadImage
 from .image import save_png
 from .sheet import Tile, contact_sheet, map_tiles
 
-YAWS = {"portrait.png": -30, "portrait-2.png": 25}  # degrees
+YAWS = {"portrait.png": -30.0, "portrait-2.png": 25.0}  # degrees
 SHEET = "contact_sheet.png"
 PROMPT = "a photo of a person, brown hair, smiling, soft light, grey background"
 ASTRONAUT = "skimage/data/astronaut.png"  # within the wheel
@@ -59,7 +59,7 @@ def _run(argv: Sequence[str] | None) -> int:
         head = subject.head.posed(yaw=yaw)
         portrait = draw(pipe, subject, head, settings, name, {"yaw": yaw})
         portrait.save(args.out / name)
-        tiles += [Tile("photo", subject.photo), *map_tiles(pipe.maps(head)), Tile(f"yaw {yaw}", portrait.pixels)]
+        tiles += [Tile("photo", subject.photo), *map_tiles(pipe.maps(head)), Tile(f"yaw {yaw:g}", portrait.pixels)]
     save_png(args.out / SHEET, contact_sheet(tiles))
     print(*(args.out / name for name in (*YAWS, SHEET)), sep="\n")
     return 0

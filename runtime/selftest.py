@@ -13,7 +13,7 @@ from .backends import Arrays, Graph
 from .bundle import Bundle
 from .errors import BundleError, ShapeMismatch
 
-FLOOR_INT8, FLOOR_HALF, FLOOR_FLOAT = 35, 45, 60  # dB; see `floor_db`
+FLOOR_INT8, FLOOR_HALF, FLOOR_FLOAT = 35.0, 45.0, 60.0  # dB; see `floor_db`
 EXACT = 200.0  # dB; stands for no difference at all, which JSON has no infinity for
 
 

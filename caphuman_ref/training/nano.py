@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--decay-steps", type=int, default=20_000, help="steps over which the rate falls to a tenth")
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser")
     options = parser.parse_args()
     labels = Labels(options.labels)
@@ -42,7 +43,8 @@ def main() -> None:
                                                         for k, v in labels.config.items()}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainer = Trainer(config, labels, device, options.compile)
-    plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=options.learning_rate)
+    plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=options.learning_rate,
+                decay_steps=options.decay_steps)
     run = Run(options.out, trainer.model, plan, {"config": config.to_json()})
     rng = np.random.default_rng(plan.seed + run.step)
     torch.manual_seed(plan.seed + run.step)

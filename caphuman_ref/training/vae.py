@@ -27,9 +27,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--decay-steps", type=int, default=12_000, help="steps over which the rate falls to a tenth")
     parser.add_argument("--crop", type=int, default=128, help="px; the decoder is convolutional but for its middle")
     options = parser.parse_args()
-    plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=1e-3, decay_steps=12_000)
+    plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=1e-3,
+                decay_steps=options.decay_steps)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Autoencoder(NANO.vae).to(device, memory_format=torch.channels_last)
     run = Run(options.out, model, plan, {"vae": NANO.to_json()["vae"]})

@@ -95,12 +95,12 @@ def _add_head_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--pose-face", type=whole(1, 1000), metavar="N", help="which face in it, 1 is the largest")
     group.add_argument("--modes", metavar="LIST", help=f"what to take from it: {','.join(MODES)} or all "
                        f"(default: {DEFAULT_MODES})")
-    group.add_argument("--yaw", type=number(-180, 180), metavar="DEG", help="turn, + to image right, 0 is frontal")
-    group.add_argument("--pitch", type=number(-90, 90), metavar="DEG", help="nod, + up")
-    group.add_argument("--roll", type=number(-180, 180), metavar="DEG", help="tilt, + clockwise as seen")
-    group.add_argument("--x", type=number(-2, 2), metavar="F", help="shift right, in half frames")
-    group.add_argument("--y", type=number(-2, 2), metavar="F", help="shift up, in half frames")
-    group.add_argument("--scale", type=number(0.1, 10), metavar="F", help="size, 1 leaves it")
+    group.add_argument("--yaw", type=number(-180.0, 180.0), metavar="DEG", help="turn, + to image right, 0 is frontal")
+    group.add_argument("--pitch", type=number(-90.0, 90.0), metavar="DEG", help="nod, + up")
+    group.add_argument("--roll", type=number(-180.0, 180.0), metavar="DEG", help="tilt, + clockwise as seen")
+    group.add_argument("--x", type=number(-2.0, 2.0), metavar="F", help="shift right, in half frames")
+    group.add_argument("--y", type=number(-2.0, 2.0), metavar="F", help="shift up, in half frames")
+    group.add_argument("--scale", type=number(0.1, 10.0), metavar="F", help="size, 1 leaves it")
     group.add_argument("--expression", type=strength, nargs="+", action="extend", metavar="NAME=VALUE",
                        help="expression units, 1 is full strength: mouthSmile=0.7 eyeBlinkLeft=1")
     group.add_argument("--light", type=direction, metavar="AZIMUTH,ELEVATION", help="where the light comes from, "

@@ -1,0 +1,226 @@
+"""What a person can do wrong, and the one line that says so: the value, what was expected, the remedy."""
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from caphuman_edge.runtime.pipeline import Pipeline
+
+QUICK = "--steps", 1, "--renderer", "numpy", "--out", "out.png"
+
+
+@pytest.fixture
+def generate_refused(refusal):
+    """`generate_refused(photo, *flags)` is the line that refuses it."""
+    return lambda photo, *flags: refusal("generate", "--photo", photo, *QUICK, *flags)
+
+
+@pytest.fixture
+def previewed(caphuman, folder):
+    """`previewed(photo)`: the head and the maps that are seen in a photo."""
+
+    def run(photo) -> tuple[dict, bytes]:
+        done = caphuman("preview", "--photo", photo, "--out-dir", ".", "--renderer", "numpy", "--json")
+        assert done.code == 0, done.err
+        return json.loads(done.out)["head"], (folder / "rendered.png").read_bytes()
+
+    return run
+
+
+def saved(image: Image.Image, path, **settings):
+    image.save(path, **settings)
+    return path
+
+
+# Photos that are refused.
+
+
+def test_a_landscape_has_no_face(generate_refused, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 60, (256, 256, 3))
+    hills = (np.linspace(190, 40, 256)[:, None, None] + noise).astype(np.uint8)
+    message = generate_refused(saved(Image.fromarray(hills), tmp_path / "hills.png"))
+    assert "hills.png: no face found" in message and "use one where" in message
+
+
+def test_two_faces_need_a_number(generate_refused, caphuman, astronaut, tmp_path):
+    pair = Image.new("RGB", (1024, 512))
+    pair.paste(astronaut, (0, 0))
+    pair.paste(astronaut, (512, 0))
+    path = saved(pair, tmp_path / "pair.png")
+    message = generate_refused(path)
+    assert "2 faces" in message and "--face N" in message
+    assert "--face 3" in generate_refused(path, "--face", 3)
+    assert caphuman("preview", "--photo", path, "--face", 2, "--renderer", "numpy", "--out-dir", "maps").code == 0
+
+
+def test_two_faces_in_the_pose_photo_name_their_own_flag(generate_refused, photo, astronaut, tmp_path):
+    pair = Image.new("RGB", (1024, 512))
+    pair.paste(astronaut, (0, 0))
+    pair.paste(astronaut, (512, 0))
+    message = generate_refused(photo, "--pose", saved(pair, tmp_path / "pair.png"))
+    assert "pair.png" in message and "--pose-face N" in message
+
+
+def test_text_is_no_photo_whatever_its_name(generate_refused, tmp_path):
+    (tmp_path / "notes.png").write_text("dear diary")
+    assert "notes.png is not a picture" in generate_refused(tmp_path / "notes.png")
+
+
+def test_a_photo_that_is_not_there_is_named(generate_refused):
+    assert "nobody.jpg does not exist" in generate_refused("nobody.jpg")
+
+
+def test_one_pixel_is_too_small(generate_refused, tmp_path):
+    assert "1x1 px" in generate_refused(saved(Image.new("RGB", (1, 1)), tmp_path / "dot.png"))
+
+
+def test_sixteen_thousand_pixels_an_edge_are_too_large(generate_refused, tmp_path):
+    message = generate_refused(saved(Image.new("1", (16_000, 16_000)), tmp_path / "poster.png"))
+    assert "megapixels; at most 100 are read, scale it down" in message
+
+
+def test_half_a_photo_is_refused(generate_refused, photo):
+    photo.write_bytes(photo.read_bytes()[:100_000])
+    assert "damaged or cut short" in generate_refused(photo)
+
+
+# Photos that are odd, and welcome.
+
+
+@pytest.mark.parametrize(("mode", "name"), [("RGBA", "photo.png"), ("CMYK", "photo.tiff"), ("P", "photo.gif")])
+def test_colour_photos_of_every_kind_show_the_same_head(previewed, astronaut, photo, tmp_path, mode, name):
+    head, _ = previewed(saved(astronaut.convert(mode), tmp_path / f"odd-{name}"))
+    assert head["angles"] == pytest.approx(previewed(photo)[0]["angles"], abs=2)
+
+
+def test_a_grey_photo_shows_the_same_head(previewed, astronaut, photo, tmp_path):
+    head, _ = previewed(saved(astronaut.convert("L"), tmp_path / "grey.png"))
+    assert head["angles"] == pytest.approx(previewed(photo)[0]["angles"], abs=2)
+
+
+@pytest.mark.parametrize(("orientation", "turn"), [
+    (3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90), (8, Image.Transpose.ROTATE_270),
+])
+def test_exif_turns_a_photo_upright_to_the_pixel(previewed, astronaut, photo, tmp_path, orientation, turn):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert previewed(saved(astronaut.transpose(turn), tmp_path / "turned.png", exif=exif)) == previewed(photo)
+
+
+# Controls out of range.
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--expression", "grin=1"), ('"grin"', "mouthSmileLeft")),
+    (("--expression", "mouthSmile"), ("'mouthSmile'", "name=value")),
+    (("--expression", "mouthSmile=nan"), ("'mouthSmile=nan'", "-2 to 2")),
+    (("--yaw", "nan"), ("--yaw", "-180 to 180")),
+    (("--yaw", "left"), ("--yaw", "'left'")),
+    (("--scale", "0"), ("--scale", "0.1 to 10")),
+    (("--light", "above"), ("'above'", "azimuth,elevation")),
+    (("--modes", "pose"), ("--modes pose", "add --pose")),
+    (("--seed", "-1"), ("seed is -1", "expected 0 to")),
+    (("--seed", 2**63), (str(2**63), "expected 0 to")),
+    (("--seed", 2**63 - 1, "--count", 2), (str(2**63), "expected 0 to")),
+    (("--guidance", "nan"), ("guidance is nan", "expected 0 to 30")),
+    (("--steps", "0"), ("0 steps", "the nearest that can: 1")),
+    (("--steps", "300"), ("300 steps", "250 or 334")),
+    (("--count", "0"), ("'0'", "1 to 1000")),
+    (("--prompt", "word " * 2000), ("10000 characters", "shorten it")),
+    (("--backend", "tensorrt"), ("'tensorrt'", "ort")),
+    (("--renderer", "vulkan"), ("'vulkan'", "numpy")),
+    (("--out", "portrait.jpg"), ("'portrait.jpg'", ".png")),
+    (("--shiny",), ("--shiny", "--help")),
+])
+def test_a_control_out_of_range_is_named_with_what_was_expected(generate_refused, photo, flags, words):
+    message = generate_refused(photo, *flags)
+    assert all(word in message for word in words), message
+
+
+def test_an_unknown_mode_is_named(generate_refused, photo):
+    message = generate_refused(photo, "--pose", photo, "--modes", "pose,hair")
+    assert '"hair"' in message and "position" in message
+
+
+def test_a_prompt_of_too_many_tokens_is_cut_with_a_warning(caphuman, photo):
+    done = caphuman("generate", "--photo", photo, *QUICK, "--prompt", "a person " * 50)
+    assert done.code == 0
+    assert done.err.startswith("caphuman: warning: the prompt has 100 tokens, 75 are read")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [(), ("paint",), ("generate",), ("preview", "--photo", "x.png")])
+def test_a_wrong_call_is_one_line_that_points_to_the_help(refusal, argv):
+    assert "--help" in refusal(*argv)
+
+
+# Bundles.
+
+
+def rewritten(path, content: bytes):
+    path.unlink()  # the file is a link to the embedded bundle's
+    path.write_bytes(content)
+
+
+def test_a_truncated_bundle_is_refused_with_the_files_name(generate_refused, photo, bundle_copy):
+    graph = bundle_copy / "vae_decoder" / "model.onnx"
+    rewritten(graph, graph.read_bytes()[:-1])
+    message = generate_refused(photo, "--bundle", bundle_copy)
+    assert str(graph) in message and "cut short" in message
+
+
+def test_an_altered_bundle_is_refused_by_its_hash(generate_refused, photo, bundle_copy):
+    graph = bundle_copy / "vae_decoder" / "model.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    rewritten(graph, bytes(content))
+    message = generate_refused(photo, "--bundle", bundle_copy)
+    assert str(graph) in message and "sha256" in message
+
+
+def test_a_folder_that_is_no_bundle_is_refused(generate_refused, photo, tmp_path):
+    assert "is not a bundle" in generate_refused(photo, "--bundle", tmp_path)
+
+
+# The machine.
+
+
+def test_a_missing_extra_prints_its_install_command(generate_refused, photo, monkeypatch):
+    monkeypatch.setitem(sys.modules, "moderngl", None)  # makes the import fail
+    assert "pip install 'caphuman-edge[gl]'" in generate_refused(photo, "--renderer", "gl")
+
+
+def test_without_gl_numpy_draws_and_says_so_once(caphuman, photo, monkeypatch):
+    monkeypatch.setitem(sys.modules, "moderngl", None)
+    done = caphuman("generate", "--photo", photo, *QUICK, "--renderer", "auto", "--count", 2)
+    assert done.code == 0
+    assert done.err.startswith("caphuman: drawing maps with numpy") and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("out", ["file/out.png", "folder.png"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(generate_refused, photo, folder, monkeypatch, out):
+    (folder / "file").write_text("no folder")
+    (folder / "folder.png").mkdir()
+    monkeypatch.setattr(Pipeline, "__init__", lambda *_: pytest.fail("the work began"))
+    assert str(out).split("/")[0] in generate_refused(photo, "--out", out)
+
+
+def test_a_full_disk_leaves_no_half_portrait(generate_refused, photo, monkeypatch):
+    def full_disk(self, path, **settings):
+        path.write_bytes(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    assert "cannot write out.png (No space left on device)" in generate_refused(photo)
+
+
+def test_an_interrupted_portrait_leaves_nothing(caphuman, photo, folder, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "_eps", interrupted)
+    done = caphuman("generate", "--photo", photo, *QUICK)
+    assert (done.code, done.out, done.err) == (130, "", "caphuman: interrupted\n")
+    assert not list(folder.iterdir())
