@@ -74,8 +74,9 @@ def _attribute_row(name: str, found: Mapping[str, AttributeFigures]) -> list[str
 
 
 def _goals(records: Sequence[Record]) -> str:
-    return _table(["goal", "found", ""], [[goal.text, f"{goal.found:.2f}", "met" if goal.met else "missed"]
-                                          for goal in goals(records)])
+    return _table(["goal", "found", ""], [
+        [goal.text, f"{goal.found:.2f}" if goal.found == goal.found else "-", "met" if goal.met else "missed"]
+        for goal in goals(records)])
 
 
 def _columns(records: Sequence[Record]) -> list[str]:

@@ -54,7 +54,7 @@ def face_box_crop(image: np.ndarray, face: FaceLandmarks) -> np.ndarray:
     """(160, 160, 3) float32, 0..255: an upright square around the landmarks, like a detector's box with a margin."""
     points = face.points[:IRIS, :2]
     low, high = points.min(axis=0), points.max(axis=0)
-    return warp(image, square_to_image((low + high) / 2, MARGIN * float((high - low).max()), 0, CROP_SIZE), CROP_SIZE)
+    return warp(image, square_to_image((low + high) / 2, MARGIN * float((high - low).max()), 0.0, CROP_SIZE), CROP_SIZE)
 
 
 def default_path() -> Path:

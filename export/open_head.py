@@ -47,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         source = MakeHuman(download(arguments.cache or Path(temporary)))
         arrays = build(source, landmark_network(arguments.landmarks))
-    np.savez_compressed(arguments.out, **arrays)
+    np.savez_compressed(arguments.out, allow_pickle=False, **arrays)
 
 
 def build(source: MakeHuman, measure: Measure) -> Arrays:

@@ -70,7 +70,7 @@ def draw(model: HeadModel, code: HeadCode, size: int) -> UInt8[np.ndarray, "size
 
 def _views(model: HeadModel) -> Iterator[View]:
     draws = np.random.default_rng(0).standard_normal((IDENTITIES, model.layout.identity_count)) * 0.7
-    neutral = HeadCode.neutral(model.layout).moved(y=-0.1, scale=1.35).lit(directional_light(15, 35))
+    neutral = HeadCode.neutral(model.layout).moved(y=-0.1, scale=1.35).lit(directional_light(15.0, 35.0))
     for identity in (np.zeros_like(draws[0]), *draws):
         for expression in ({}, OPEN_MOUTH):
             for yaw, pitch in ANGLES:
@@ -121,7 +121,8 @@ def _symmetrical(points: Float64[np.ndarray, "478 3"]) -> Float64[np.ndarray, "4
     """Average with the mirror image; the landmark model's own mean face tells which points are mirror twins."""
     mirror = np.array([-1.0, 1, 1])
     canonical = canonical_face()[:, :3]
-    twins = np.concatenate([_nearest(canonical * mirror, canonical), FIRST_IRIS + _nearest(points[FIRST_IRIS:] * mirror, points[FIRST_IRIS:])])
+    irises = points[FIRST_IRIS:]
+    twins = np.concatenate([_nearest(canonical * mirror, canonical), FIRST_IRIS + _nearest(irises * mirror, irises)])
     return np.asarray((points + points[twins] * mirror) / 2)
 
 

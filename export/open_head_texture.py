@@ -67,7 +67,8 @@ def unwrap(source: MakeHuman, cut: HeadCut, mean: Float64[np.ndarray, "v 3"]) ->
 def lip_faces(source: MakeHuman, cut: HeadCut) -> Int64[np.ndarray, "n"]:
     """The faces of the red of the lips: so many rows of quads around the mouth's opening."""
     patch = patch_of_face(source, cut)
-    inside_mouth = (patch == PATCHES.index("inside")) & (source.texture_coordinates[cut.face_corners, 0].mean(axis=1) > 0.5)
+    mouth_side = source.texture_coordinates[cut.face_corners, 0].mean(axis=1) > 0.5  # the eye sockets lie left of it
+    inside_mouth = (patch == PATCHES.index("inside")) & mouth_side
     first, second = np.split(cut.faces, 2)  # the two halves of each quad; their shared diagonal is no edge
     edges = np.concatenate([first[:, :2], first[:, 1:], second[:, 1:], second[:, [2, 0]]])
     reached = np.zeros(len(cut.kept), bool)
@@ -109,8 +110,8 @@ def _made_up(mean: Float64[np.ndarray, "t t 3"], head: Mask, iris: Mask, lips: M
     mean = mean - (0.02 * sockets * head)[..., None] * [0.8, 1, 0.8]
     mean = _over(_over(_over(mean, lips, LIP), 0.7 * brows, BROW), 0.6 * lashes, LASH)
     parts: dict[str, tuple[Mask, Sequence[float]]] = {
-        "skin red": (skin, (0.2, 0, 0)), "skin green": (skin, (0, 0.2, 0)), "skin blue": (skin, (0, 0, 0.2)),
-        "lips red": (lips, (0.15, 0, 0)), "lips green": (lips, (0, 0.15, 0)), "lips blue": (lips, (0, 0, 0.15)),
+        "skin red": (skin, (0.1, 0, 0)), "skin green": (skin, (0, 0.1, 0)), "skin blue": (skin, (0, 0, 0.1)),
+        "lips red": (lips, (0.1, 0, 0)), "lips green": (lips, (0, 0.1, 0)), "lips blue": (lips, (0, 0, 0.1)),
         "brows": (brows, (-0.12, -0.11, -0.1)), "lashes": (lashes, (-0.1, -0.1, -0.1)),
         "beard": (beard, (-0.12, -0.11, -0.1)), "cheeks": (cheeks, (0.02, -0.06, -0.05)),
         "nose": (nose, (0.02, -0.06, -0.05)), "eye sockets": (sockets * head, (-0.08, -0.09, -0.07)),

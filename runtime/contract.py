@@ -68,6 +68,11 @@ class VaeConfig:
         """Pixels per latent cell along one edge."""
         return int(2 ** (len(self.channel_mult) - 1))
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "VaeConfig":
+        """Rebuild the sizes that `dataclasses.asdict` made."""
+        return cls(**_tuples(data))
+
 
 @dataclass(frozen=True)
 class Config:

@@ -7,8 +7,8 @@ from jaxtyping import Float32, UInt8
 from .head import HeadCode, HeadFitter
 from .perception import FaceLandmarks, Perception, face_crop, head_rotation, select_face
 
-FACE_HEIGHT = 0.52  # of the portrait's edge, forehead to chin
-FACE_CENTRE = (0.5, 0.56)  # of the portrait's edges, right and down
+FACE_HEIGHT = 0.676  # of the portrait's edge, forehead to chin: the mean of the training pictures
+FACE_CENTRE = (0.5, 0.6)  # of the portrait's edges, right and down
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,7 +90,7 @@ class Pipeline:
         self.head_model: HeadModel = load_head(bundle.file("head")) if "head" in bundle else load_head()
         self.fitter = HeadFitter(self.head_model)
         self.renderer: Renderer = open_renderer(renderer)
-        self.tokenizer = Tokenizer()
+        self.tokenizer = Tokenizer(bundle.file("tokenizer")) if "tokenizer" in bundle else Tokenizer()
         self._graphs: dict[str, Graph] = {}
 
     def perceive(self, photo: str | Path | UInt8[np.ndarray, "h w 3"], face: int | None = None,

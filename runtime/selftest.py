@@ -14,6 +14,8 @@ from .bundle import Bundle
 from .errors import BundleError, ShapeMismatch
 
 FLOOR_INT8, FLOOR_HALF, FLOOR_FLOAT = 35.0, 45.0, 60.0  # dB; see `floor_db`
+FLOOR_GATES = 30.0  # dB; gates are 0 or 1, and this is one in a thousand flipped
+GATE = "gate_"  # how their names begin
 EXACT = 200.0  # dB; stands for no difference at all, which JSON has no infinity for
 
 
@@ -21,7 +23,7 @@ EXACT = 200.0  # dB; stands for no difference at all, which JSON has no infinity
 class Verdict:
     """How close one graph comes to what it should compute."""
 
-    graph: str
+    graph: str  # its gates have a verdict of their own
     psnr_db: float  # of its worst output
     floor_db: float
 
@@ -38,7 +40,8 @@ def self_test(bundle: Bundle, backend: str = "ort", threads: int | None = None) 
         graph = bundle.graph(name, backend, threads=threads)
         expected = _tensors(arrays, f"{name}/out/")
         outputs = graph(_inputs(graph, _tensors(arrays, f"{name}/in/")))
-        yield Verdict(name, _worst(name, outputs, expected), floor_db(bundle.component(name).precision, expected))
+        _check_shapes(name, outputs, expected)
+        yield from _verdicts(name, bundle.component(name).precision, outputs, expected)
 
 
 def floor_db(precision: str, expected: Mapping[str, np.ndarray]) -> float:
@@ -79,9 +82,18 @@ def _inputs(graph: Graph, stored: Arrays) -> Arrays:
     return {name: array.astype(dtypes.get(name, array.dtype)) for name, array in stored.items()}
 
 
-def _worst(name: str, outputs: Arrays, expected: Arrays) -> float:
+def _check_shapes(name: str, outputs: Arrays, expected: Arrays) -> None:
     for tensor, array in expected.items():
         if tensor not in outputs or outputs[tensor].shape != array.shape:
             raise ShapeMismatch(f"{name}: selftest.npz expects {tensor} of shape {array.shape}, which the graph does "
                                 "not give; rebuild the bundle")
-    return min(psnr_db(outputs[tensor], array) for tensor, array in expected.items())
+
+
+def _verdicts(name: str, precision: str, outputs: Arrays, expected: Arrays) -> Iterator[Verdict]:
+    """On a graph's outputs and, where it has any, on its gates: all in one row, as the finest has most of the cells."""
+    gates = [tensor for tensor in expected if tensor.startswith(GATE)]
+    worst = min(psnr_db(outputs[tensor], array) for tensor, array in expected.items() if tensor not in gates)
+    yield Verdict(name, worst, floor_db(precision, expected))
+    if gates:
+        found, stored = (np.concatenate([side[gate].ravel() for gate in gates]) for side in (outputs, expected))
+        yield Verdict(f"{name} gates", psnr_db(found, stored), FLOOR_GATES)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from caphuman_edge.ref.clip import IMAGE_MEAN, IMAGE_STD
+from caphuman_edge.runtime.contract import VaeConfig
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Labels:
             if not np.array_equal(labels["names"], latents["names"]):
                 raise ValueError(f"{folder}: latents.npz belongs to other labels; run `export.labels encode` again")
             self.latents = latents["latents"] * latents["step"]  # int8 codes to scaled latents
-            self.config = json.loads(str(latents["config"]))
+            self.vae = VaeConfig.from_json(json.loads(str(latents["config"])))  # with the latents' own scale
             self.names, self.identities = labels["names"], labels["identities"].astype(np.float32)
             self.masks = np.unpackbits(labels["masks"], axis=-1).astype(np.float32)
             self.captions = labels["captions"].astype(np.int64)  # (n, variants, 77)

@@ -18,7 +18,7 @@ from caphuman_edge.ref.caphuman import CapHuman, FaceCondition, face_gates
 from caphuman_edge.ref.sampler import alphas_cumprod
 from caphuman_edge.ref.training.labels import Batch, Labels
 from caphuman_edge.ref.training.run import Plan, Run
-from caphuman_edge.runtime.contract import NANO, Config, VaeConfig
+from caphuman_edge.runtime.contract import NANO, Config
 
 SNR_CEILING = 5.0
 MASK_WEIGHT = 0.1
@@ -39,8 +39,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser")
     options = parser.parse_args()
     labels = Labels(options.labels)
-    config = dataclasses.replace(NANO, vae=VaeConfig(**{k: tuple(v) if isinstance(v, list) else v
-                                                        for k, v in labels.config.items()}))
+    config = dataclasses.replace(NANO, vae=labels.vae)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainer = Trainer(config, labels, device, options.compile)
     plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=options.learning_rate,

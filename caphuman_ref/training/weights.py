@@ -15,8 +15,7 @@ WEIGHTS = "weights.safetensors"
 
 def load_vae(folder: Path) -> Autoencoder:
     """The autoencoder of a `training.vae` run, in float32, without gradients."""
-    sizes = metadata(folder)["vae"]
-    model = Autoencoder(VaeConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}))
+    model = Autoencoder(VaeConfig.from_json(metadata(folder)["vae"]))
     weights = read_checkpoint(folder / WEIGHTS)
     load_strictly(model, {name: tensor.float() for name, tensor in weights.items()}, str(folder / WEIGHTS))
     return model.eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from ..perceive import Subject
 from ..pipeline import Pipeline
 from .values import direction, number, strength, whole
 
-Photo = UInt8[np.ndarray, "h w 3"]
+Photo = UInt8[np.ndarray, "_ _ 3"]  # any size: a signature may hold two
 SLIDERS: dict[str, Any] = {"yaw": None, "pitch": None, "roll": None, "x": 0.0, "y": 0.0, "scale": 1.0, "expression": [],
                            "light": None}  # as they are when not set
 

@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _box(box: FaceBox) -> dict[str, float]:
+def _box(box: FaceBox) -> dict[str, int | float]:
     """A found face in pixels of the photo; the list's order is what --face counts."""
-    corners = {side: round(vars(box)[side]) for side in ("left", "top", "right", "bottom")}
-    return {**corners, "score": round(box.score, 3)}
+    return {"left": round(box.left), "top": round(box.top), "right": round(box.right), "bottom": round(box.bottom),
+            "score": round(box.score, 3)}
 
 
 def _text(report: dict[str, Any]) -> str:

@@ -18,9 +18,9 @@ Samples = Float32[np.ndarray, "n 3"]
 FACE_OVAL = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176,
              149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109)  # landmarks around the face
 ROUNDS = 4
-NOISE = 0.3  # of a pixel's colour; large, as neighbours err together
+NOISE = 0.6  # of a pixel's colour; large, as neighbours err together
 OUTLIER = 0.1  # a pixel that is off by this counts half: hair, glasses, cast shadows
-GREY_SIGMA, TINT_SIGMA, TEXTURE_SIGMA = 0.5, 0.1, 1.5
+GREY_SIGMA, TINT_SIGMA, TEXTURE_SIGMA = 0.3, 0.05, 2.0
 LEAST_FACING = 0.15  # cosine to the line of sight below which a sample is not used
 SEEN_FROM_THE_FRONT = 256  # px
 
@@ -31,7 +31,7 @@ class Appearance:
     def __init__(self, model: HeadModel):
         self.model = model
         self.faces = _faces_of_the_face(model)
-        grid = texture_grid(model.face_uv[self.faces].mean(axis=1))
+        grid = texture_grid(model.face_uv[self.faces]).mean(axis=1)
         self.albedo = sample_texture(model.texture_mean, grid)
         self.albedo_basis = np.stack([sample_texture(part, grid) for part in model.texture_basis], axis=-1)
 
@@ -43,14 +43,14 @@ class Appearance:
         inside = (np.abs(places) < 1).all(axis=1) & (normals[:, 2] > LEAST_FACING)
         colours = _pixels(image, places[inside])
         shading, albedo, basis = shading_basis(normals[inside]), self.albedo[inside], self.albedo_basis[inside]
-        light, texture = directional_light(0, 30), np.zeros(basis.shape[2], np.float32)
+        light = directional_light(0.0, 30.0)
         weight = np.ones(len(colours), np.float32)
         for _ in range(ROUNDS):
-            painted = albedo + basis @ texture
-            light = _light(colours, painted, shading, weight)
             lit = shading @ light
             texture = _ridge(basis * lit[..., None], colours - albedo * lit, weight, TEXTURE_SIGMA)
-            weight = _weights(colours - (albedo + basis @ texture) * lit)
+            painted = albedo + basis @ texture
+            light = _light(colours, painted, shading, weight)
+            weight = _weights(colours - painted * (shading @ light))
         return replace(code, light=light, texture=texture)
 
 
@@ -84,7 +84,7 @@ def _pixels(image: UInt8[np.ndarray, "h w 3"], places: Float32[np.ndarray, "n 2"
 def _light(colours: Samples, albedo: Samples, shading: Float32[np.ndarray, "n 9"],
            weight: Float32[np.ndarray, "n"]) -> Float32[np.ndarray, "9 3"]:
     """Grey light near the default plus a small coloured rest."""
-    expected = directional_light(0, 30)
+    expected = directional_light(0.0, 30.0)
     rest = colours - albedo * (shading @ expected)
     grey_design = albedo[..., None] * shading[:, None]  # (n, RGB, 9)
     tints = np.zeros((*grey_design.shape[:2], 3, 9), np.float32)

@@ -5,7 +5,6 @@ and height. +yaw turns the nose to image right, +pitch up, +roll clockwise as se
 """
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -15,7 +14,7 @@ from caphuman_edge.runtime.head.light import directional_light
 from caphuman_edge.runtime.head.skinning import axis_angle, rotation_matrices
 from caphuman_edge.runtime.perception.rotation import rotation_from, yaw_pitch_roll
 
-Vector = Float32[np.ndarray, "n"]
+Vector = Float[np.ndarray, "_"]  # any float on the way in, float32 inside
 NEUTRAL_SCALE = 5.0  # the mean head then fills about two thirds of the frame
 
 
@@ -45,8 +44,8 @@ class HeadCode:
     texture: Vector
     pose: Vector  # (6,) axis-angles in radians: global, jaw
     camera: Vector  # (3,) scale in frame half-widths a metre; shift right and up in metres, applied before scaling
-    light: Float32[np.ndarray, "9 3"]  # spherical harmonics, RGB
-    crop: Float32[np.ndarray, "3 3"] = field(default_factory=lambda: np.eye(3, dtype=np.float32))
+    light: Float[np.ndarray, "9 3"]  # spherical harmonics, RGB
+    crop: Float[np.ndarray, "3 3"] = field(default_factory=lambda: np.eye(3, dtype=np.float32))
     # `crop` is a row-vector affine on the projected x, y: no change unless the frame is another frame's crop or not
     # square; it generalises the official crop transform.
 
@@ -58,11 +57,11 @@ class HeadCode:
             object.__setattr__(self, name, _checked(name, getattr(self, name), shape))
 
     @classmethod
-    def neutral(cls, layout: HeadLayout) -> Self:
+    def neutral(cls, layout: HeadLayout) -> "HeadCode":
         """The mean head in the middle of the frame, facing the viewer, lit from the front and above."""
         camera = np.array([NEUTRAL_SCALE, -layout.centre[0], -layout.centre[1]])
         return cls(layout, np.zeros(layout.identity_count), np.zeros(len(layout.expression_names)),
-                   np.zeros(layout.texture_count), np.zeros(6), camera, directional_light(0, 30))
+                   np.zeros(layout.texture_count), np.zeros(6), camera, directional_light(0.0, 30.0))
 
     @property
     def rotation(self) -> Float32[np.ndarray, "3 3"]:
@@ -80,18 +79,18 @@ class HeadCode:
         middle = self.rotation @ self.layout.lever + np.asarray(self.layout.root, np.float32)
         return np.asarray(project(middle[None], self)[0, :2])
 
-    def posed(self, yaw: float | None = None, pitch: float | None = None, roll: float | None = None) -> Self:
+    def posed(self, yaw: float | None = None, pitch: float | None = None, roll: float | None = None) -> "HeadCode":
         """Turn the head to these angles (degrees, absolute) about its middle; None keeps an angle."""
         angles = [old if new is None else new for old, new in zip(self.angles, (yaw, pitch, roll), strict=True)]
         return self.turned(rotation_from(*angles))
 
-    def turned(self, rotation: Float[np.ndarray, "3 3"]) -> Self:
+    def turned(self, rotation: Float[np.ndarray, "3 3"]) -> "HeadCode":
         """Give the head this global rotation; its middle stays where it appears."""
         moved = (self.rotation - rotation) @ self.layout.lever
         pose = np.concatenate([axis_angle(rotation), self.pose[3:]])
         return replace(self, pose=pose, camera=self.camera + np.array([0, *moved[:2]]))
 
-    def moved(self, x: float = 0, y: float = 0, scale: float = 1) -> Self:
+    def moved(self, x: float = 0, y: float = 0, scale: float = 1) -> "HeadCode":
         """Shift the head right and up by fractions of half the frame, and scale it about its middle."""
         if scale <= 0:
             raise BadInput(f"head scale is {scale}, expected more than 0")
@@ -102,14 +101,14 @@ class HeadCode:
         shift = (middle[:2] + old_shift) / scale - middle[:2] + step
         return replace(self, camera=np.array([new_scale, *shift]))
 
-    def expressed(self, strengths: Mapping[str, float]) -> Self:
-        """Set expression units by name; 1 is full strength. "smile" and such pairs of units set left and right."""
+    def expressed(self, strengths: Mapping[str, float]) -> "HeadCode":
+        """Set expression units by name; 1 is full strength. A name without its side (mouthSmile) sets both."""
         expression = self.expression.copy()
         for name, strength in strengths.items():
             expression[self._units(name)] = strength
         return replace(self, expression=expression)
 
-    def lit(self, light: Float[np.ndarray, "9 3"]) -> Self:
+    def lit(self, light: Float[np.ndarray, "9 3"]) -> "HeadCode":
         """Put the head under another light: 27 coefficients, or `directional_light(...)`."""
         return replace(self, light=light)
 

@@ -76,7 +76,7 @@ class Estimate:
 
     scale: float
     rotation: Float64[np.ndarray, "3 3"]
-    shift: Vector  # (3,)
+    shift: Float64[np.ndarray, "3"]
     shape: Vector  # identity, then expression
 
 

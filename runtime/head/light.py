@@ -9,7 +9,7 @@ CONSTANT, LINEAR, QUADRATIC = 1 / 4, 1 / 2, 5 / 32
 
 
 def directional_light(azimuth: float, elevation: float, strength: float = 0.6, ambient: float = 0.55,
-                      colour: tuple[float, float, float] = (1, 1, 1)) -> Float32[np.ndarray, "9 3"]:
+                      colour: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> Float32[np.ndarray, "9 3"]:
     """A distant lamp and even light around it, for `HeadCode.lit`.
 
     azimuth: degrees, 0 from the viewer, + from image right; elevation: degrees, + from above.

@@ -12,8 +12,6 @@ from PIL import Image
 from caphuman_edge.runtime.bundle import Bundle
 from caphuman_edge.runtime.cli import main
 
-ASTRONAUT = Path(skimage.__file__).parent / "data" / "astronaut.png"
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -59,17 +57,23 @@ def refusal(caphuman, folder) -> Callable[..., str]:
     return run
 
 
+@pytest.fixture(scope="session")
+def astronaut_file() -> Path:
+    """A photo of one face, 512 x 512 px, where it is installed."""
+    return Path(skimage.__file__).parent / "data" / "astronaut.png"
+
+
 @pytest.fixture
-def astronaut() -> Image.Image:
-    """A photo of one face, 512 x 512 px."""
-    with Image.open(ASTRONAUT) as photo:
+def astronaut(astronaut_file) -> Image.Image:
+    """Its picture."""
+    with Image.open(astronaut_file) as photo:
         return photo.convert("RGB")
 
 
 @pytest.fixture
-def photo(tmp_path) -> Path:
-    """That photo as a file outside the working directory."""
-    return Path(shutil.copy(ASTRONAUT, tmp_path / "photo.png"))
+def photo(astronaut_file, tmp_path) -> Path:
+    """A copy of it outside the working directory."""
+    return Path(shutil.copy(astronaut_file, tmp_path / "photo.png"))
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_normals_are_shown_around_grey_and_colours_are_clipped():
 
 
 def test_boxes_and_landmarks_are_drawn_where_they_are():
-    box = FaceBox(100, 200, 300, 400, np.zeros((6, 2), np.float32), 1.0)
+    box = FaceBox(100.0, 200.0, 300.0, 400.0, np.zeros((6, 2), np.float32), 1.0)
     tile = boxes_tile(plain(0, 512, 512), [box]).pixels
     np.testing.assert_array_equal(tile[[100, 200], [130, 120]], [MARK, MARK])
     points = np.zeros((478, 3), np.float32)

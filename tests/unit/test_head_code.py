@@ -1,0 +1,144 @@
+"""What the sliders and the control modes do to a head."""
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from caphuman_edge.runtime.errors import BadInput
+from caphuman_edge.runtime.head import HeadCode, HeadLayout, directional_light, load_head, mix, project
+from caphuman_edge.runtime.head.light import shading_basis
+
+NOSE_TIP, FOREHEAD, CHIN, LEFT_MOUTH_CORNER, RIGHT_MOUTH_CORNER = 4, 10, 152, 61, 291
+LAYOUT = HeadLayout(2, ("jawOpen", "mouthSmileLeft", "mouthSmileRight"), 1, (0.0, -0.1, 0.0), (0.0, 0.03, 0.04))
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
+
+
+@pytest.fixture(scope="module")
+def head():
+    return load_head()
+
+
+def on_screen(head, code):
+    return head.landmarks(project(head.vertices(code), code))
+
+
+def test_positive_yaw_turns_the_nose_to_image_right(head):
+    neutral = HeadCode.neutral(head.layout)
+    assert on_screen(head, neutral.posed(yaw=30.0))[NOSE_TIP, 0] > on_screen(head, neutral)[NOSE_TIP, 0] + 0.1
+
+
+def test_positive_pitch_turns_the_nose_up(head):
+    neutral = HeadCode.neutral(head.layout)
+    assert on_screen(head, neutral.posed(pitch=20.0))[NOSE_TIP, 1] < on_screen(head, neutral)[NOSE_TIP, 1] - 0.05
+
+
+def test_positive_roll_is_clockwise_as_seen(head):
+    rolled = on_screen(head, HeadCode.neutral(head.layout).posed(roll=20.0))
+    assert rolled[FOREHEAD, 0] > rolled[CHIN, 0] + 0.1
+
+
+def test_angles_read_back_and_are_absolute():
+    code = HeadCode.neutral(LAYOUT).posed(yaw=30.0, pitch=-10.0, roll=5.0)
+    np.testing.assert_allclose(code.angles, (30, -10, 5), atol=1e-3)
+    np.testing.assert_allclose(code.posed(yaw=-20.0).angles, (-20, -10, 5), atol=1e-3)
+
+
+def test_posing_keeps_the_middle_of_the_head_in_place():
+    code = HeadCode.neutral(LAYOUT).moved(x=0.2, y=-0.1)
+    np.testing.assert_allclose(code.posed(yaw=40.0, pitch=15.0, roll=-30.0).centre, code.centre, atol=1e-6)
+
+
+@pytest.mark.parametrize("crop", [np.eye(3), np.array([[0.5, 0, 0], [0, 2, 0], [0.1, -0.2, 1]])])
+def test_moving_shifts_by_half_frames_right_and_up(crop):
+    code = replace(HeadCode.neutral(LAYOUT), crop=crop)
+    shift = code.moved(x=0.3, y=0.2).centre - code.centre
+    np.testing.assert_allclose(shift, (0.3, -0.2), atol=1e-6)
+
+
+def test_scaling_keeps_the_middle_of_the_head_in_place(head):
+    code = HeadCode.neutral(head.layout).moved(x=0.3)
+    larger = code.moved(scale=2.0)
+    np.testing.assert_allclose(larger.centre, code.centre, atol=1e-6)
+    before, after = (np.ptp(on_screen(head, one), axis=0) for one in (code, larger))
+    np.testing.assert_allclose(after, 2 * before, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_no_size_is_refused(scale):
+    with pytest.raises(BadInput):
+        HeadCode.neutral(LAYOUT).moved(scale=scale)
+
+
+def test_a_pair_of_units_is_set_by_its_common_name():
+    code = HeadCode.neutral(LAYOUT).expressed({"mouthSmile": 0.7, "jawOpen": 0.1})
+    np.testing.assert_allclose(code.expression, (0.1, 0.7, 0.7))
+
+
+def test_left_is_the_persons_left(head):
+    neutral = HeadCode.neutral(head.layout)
+    moved = np.abs(on_screen(head, neutral.expressed({"mouthSmileLeft": 1.0})) - on_screen(head, neutral)).sum(axis=1)
+    assert moved[RIGHT_MOUTH_CORNER] > 5 * moved[LEFT_MOUTH_CORNER]
+
+
+def test_an_unknown_expression_is_named_with_the_known_ones():
+    with pytest.raises(BadInput, match=r'"smirk" is not known, expected one of jawOpen'):
+        HeadCode.neutral(LAYOUT).expressed({"smirk": 1.0})
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("identity", np.zeros(3)), ("pose", np.zeros(3)), ("camera", np.full(3, np.nan)),
+    ("light", np.full((9, 3), np.inf))])
+def test_numbers_of_another_shape_or_not_finite_are_refused(field, value):
+    with pytest.raises(BadInput, match=field):
+        replace(HeadCode.neutral(LAYOUT), **{field: value})
+
+
+def test_a_lamp_shades_the_side_it_is_on():
+    right, left, up = np.eye(3)[0], -np.eye(3)[0], np.eye(3)[1]
+    shade = shading_basis(np.stack([right, left, up])) @ directional_light(90.0, 0.0, strength=1.0, ambient=0.0)
+    np.testing.assert_allclose(shade[0], 1, atol=0.1)
+    np.testing.assert_allclose(shade[1], 0, atol=0.1)
+    assert shade[1, 0] < shade[2, 0] < shade[0, 0]
+
+
+REFERENCE = replace(HeadCode.neutral(LAYOUT).posed(yaw=10.0), pose=np.full(6, 0.1))
+TARGET = replace(
+    HeadCode.neutral(LAYOUT), identity=np.ones(2), expression=np.ones(3), texture=np.ones(1), pose=np.full(6, 0.2),
+    camera=np.array([7, 0.1, 0.2]), light=np.ones((9, 3)), crop=2 * np.eye(3))
+FIELDS = {"shape": lambda code: code.identity, "tex": lambda code: code.texture, "exp": lambda code: code.expression,
+          "pose_global": lambda code: code.pose[:3], "pose_jaw": lambda code: code.pose[3:],
+          "cam": lambda code: code.camera, "light": lambda code: code.light, "tform": lambda code: code.crop}
+
+
+def sources(mixed):
+    """Which code each of the official fields came from."""
+    return {name: "pose_image" if np.array_equal(field(mixed), field(TARGET)) else "reference"
+            for name, field in FIELDS.items()}
+
+
+def test_every_recorded_mode_string_takes_what_the_official_tool_takes():
+    path = GOLDEN / "modes.json"
+    if not path.exists():
+        pytest.skip(f"modes.json is not in {GOLDEN}")
+    for modes, wanted in json.loads(path.read_text()).items():
+        assert sources(mix(REFERENCE, TARGET, modes)) == {name: wanted[name] for name in FIELDS}, modes
+
+
+@pytest.mark.parametrize(("modes", "taken"), [
+    ("", set()), ("position", {"cam", "tform"}), ("pose", {"pose_global"}), ("lighting", {"light"}),
+    ("expression", {"exp", "pose_jaw"}), ("position, pose", {"cam", "tform", "pose_global"}),
+    ("all", {"cam", "tform", "pose_global", "light", "exp", "pose_jaw"}), ("position,all", {"cam", "tform"})])
+def test_modes_take_their_fields_and_nothing_else(modes, taken):
+    assert {name for name, source in sources(mix(REFERENCE, TARGET, modes)).items() if source == "pose_image"} == taken
+
+
+def test_the_default_takes_position_and_pose():
+    assert sources(mix(REFERENCE, TARGET)) == sources(mix(REFERENCE, TARGET, "position,pose"))
+
+
+def test_an_unknown_mode_is_named():
+    with pytest.raises(BadInput, match='"gaze" is not known'):
+        mix(REFERENCE, TARGET, "pose,gaze")

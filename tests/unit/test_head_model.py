@@ -1,0 +1,124 @@
+"""The open head as it ships, and what is refused in its place."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from caphuman_edge.runtime.errors import BundleError
+from caphuman_edge.runtime.head import OPEN_HEAD, HeadCode, head_from_arrays, load_head
+from caphuman_edge.runtime.perception.landmarks import BLENDSHAPES
+
+NOSE_TIP, CHIN, FOREHEAD, LEFT_IRIS = 4, 152, 10, 468
+UPPER_LIP, LOWER_LIP = 13, 14
+
+
+@pytest.fixture(scope="module")
+def head():
+    return load_head()
+
+
+def landmarks(head, **expression):
+    code = HeadCode.neutral(head.layout).expressed(expression)
+    return head.landmarks(head.vertices(code))
+
+
+def test_it_ships_in_at_most_three_megabytes_under_cc0():
+    assert OPEN_HEAD.stat().st_size <= 3_000_000
+    with np.load(OPEN_HEAD, allow_pickle=False) as archive:
+        assert str(archive["license"]).startswith("CC0-1.0")
+
+
+def test_it_is_as_large_as_a_head_and_looks_at_the_viewer(head):
+    points = landmarks(head)
+    assert 0.2 < np.ptp(head.template[:, 1]) < 0.3
+    assert points[FOREHEAD, 1] > points[NOSE_TIP, 1] > points[CHIN, 1]
+    assert points[NOSE_TIP, 2] > points[:, 2].max() - 0.005
+
+
+def test_every_measured_blendshape_has_its_unit(head):
+    assert set(BLENDSHAPES) - {"_neutral"} <= set(head.expression_names)
+
+
+def test_every_vertex_follows_joints_by_shares_that_sum_to_one(head):
+    np.testing.assert_allclose(head.weights.sum(axis=1), 1, atol=2e-3)
+    np.testing.assert_allclose(head.joint_regressor.sum(axis=1), 1, atol=1e-4)
+
+
+def test_landmarks_are_symmetrical_on_the_mean_head(head):
+    canonical_twins = {33: 263, 61: 291, 234: 454, 468: 473}
+    points = landmarks(head)
+    for left, right in canonical_twins.items():
+        np.testing.assert_allclose(points[left] * [-1, 1, 1], points[right], atol=1e-3)
+
+
+def test_jaw_unit_and_jaw_joint_both_open_the_mouth(head):
+    closed, by_unit = landmarks(head), landmarks(head, jawOpen=1.0)
+    turned = replace(HeadCode.neutral(head.layout), pose=np.array([0, 0, 0, 0.3, 0, 0]))
+    by_joint = head.landmarks(head.vertices(turned))
+    for opened in (by_unit, by_joint):
+        assert opened[UPPER_LIP, 1] - opened[LOWER_LIP, 1] > 0.01
+        assert opened[CHIN, 1] < closed[CHIN, 1] - 0.005
+
+
+def test_eye_joints_turn_the_eyeballs_alone(head):
+    pose = np.zeros((5, 3), np.float32)
+    pose[3:, 1] = 0.3
+    moved = head.skinned(head.template, pose) - head.template
+    assert head.landmarks(moved)[LEFT_IRIS, 0] > 0.002
+    assert np.abs(head.landmarks(moved)[[NOSE_TIP, CHIN, FOREHEAD]]).max() < 1e-5
+
+
+def test_normals_have_unit_length_and_face_outwards(head):
+    normals = head.normals(head.template)
+    np.testing.assert_allclose(np.linalg.norm(normals, axis=1), 1, atol=1e-5)
+    assert head.landmarks(normals)[NOSE_TIP, 2] > 0.7
+
+
+def test_mean_texture_is_a_colour_and_coefficients_change_it(head):
+    mean = head.texture(HeadCode.neutral(head.layout))
+    assert 0 <= mean.min() < mean.max() <= 1
+    code = replace(HeadCode.neutral(head.layout), texture=np.eye(len(head.texture_basis))[0])
+    np.testing.assert_allclose(head.texture(code) - mean, head.texture_basis[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 truncated"])
+def test_a_damaged_file_is_one_clear_error(tmp_path, content):
+    path = tmp_path / "head.npz"
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"head\.npz is no head model"):
+        load_head(path)
+
+
+def test_a_pickle_is_refused_unread(tmp_path):
+    path = tmp_path / "head.npz"
+    np.savez(path, v_template=np.array([{"an": "object"}], dtype=object))
+    with pytest.raises(BundleError, match="no head model"):
+        load_head(path)
+
+
+def open_head_arrays():
+    with np.load(OPEN_HEAD, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+@pytest.mark.parametrize("name", ["v_template", "shapedirs", "kintree_table", "lmk_faces_idx", "texture_masks"])
+def test_a_missing_array_is_named(name):
+    arrays = open_head_arrays()
+    del arrays[name]
+    with pytest.raises(BundleError, match=name):
+        head_from_arrays(arrays)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("weights", np.zeros((7, 5), np.float16)),
+    ("J_regressor", np.zeros((4, 7), np.float32)),
+    ("shapedirs", np.zeros((7, 3, 132), np.int16)),
+    ("f", np.full((9, 3), 60000, np.uint16)),
+    ("ft", np.zeros((9, 3), np.uint16)),
+    ("v_template", np.full((3, 3), np.nan, np.float32)),
+    ("identity_count", np.array(500)),
+    ("lmk_faces_idx", np.full(478, 60000, np.uint16)),
+])
+def test_arrays_that_do_not_fit_together_are_refused(name, value):
+    with pytest.raises(BundleError):
+        head_from_arrays(open_head_arrays() | {name: value})
