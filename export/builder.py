@@ -15,7 +15,7 @@ from caphuman_edge.export.onnx_writer import save, trace
 from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.runtime.backends import open_backend
 from caphuman_edge.runtime.bundle import new_bundle, record_files, write_manifest
-from caphuman_edge.runtime.contract import GraphSpec, graphs
+from caphuman_edge.runtime.contract import PERCEPTION_GRAPHS, GraphSpec, graphs
 from caphuman_edge.runtime.head.storage import OPEN_HEAD
 from caphuman_edge.runtime.manifest import Component, Manifest
 from caphuman_edge.runtime.schedule import Schedule
@@ -53,7 +53,7 @@ def build(model: CapHuman, preview: PreviewDecoder, sources: Sources, out: Path,
         components |= _copy_perception(folder, sources.perception, specs)
         components |= _copy_data(folder, sources.licence_text)
         report("selftest")
-        components["selftest"] = _write_selftest(folder, parts, specs)
+        components["selftest"] = _write_selftest(folder, parts, specs, components)
         write_manifest(folder, Manifest(sources.name, model.config, sources.schedule, components,
                                         dict(sources.provenance), dict(sources.licences)))
 
@@ -84,7 +84,7 @@ def _write_graphs(folder: Path, place: str, files: Mapping[str, str], parts: Map
 
 def _copy_perception(folder: Path, source: Path, specs: Mapping[str, GraphSpec]) -> dict[str, Component]:
     components = {}
-    for graph in sorted(path.name for path in source.iterdir() if path.is_dir() and path.name in specs):
+    for graph in PERCEPTION_GRAPHS:
         shutil.copytree(source / graph, folder / graph)
         components[graph] = Component(f"{graph}/model.onnx", record_files(folder, [folder / graph]), "mixed",
                                       specs[graph].inputs, specs[graph].outputs)
@@ -102,16 +102,20 @@ def _copy_data(folder: Path, licence_text: str) -> dict[str, Component]:
     return components
 
 
-def _write_selftest(folder: Path, parts: Mapping[str, nn.Module], specs: Mapping[str, GraphSpec]) -> Component:
+def _write_selftest(folder: Path, parts: Mapping[str, nn.Module], specs: Mapping[str, GraphSpec],
+                    components: Mapping[str, Component]) -> Component:
     """Inputs and expected outputs of every graph, for `caphuman verify` on whatever machine the bundle is on.
 
-    Floats are halves: inputs are rounded before the reference runs on them, so only outputs carry rounding.
+    Expected is what the reference gives; for perception, which has none here, what this machine's graph gives.
+    Floats are halves: inputs are rounded before anything runs on them, so only outputs carry rounding.
     """
     arrays: dict[str, np.ndarray] = {}
-    for name, module in parts.items():
+    for name in (name for name in components if name in specs):
         inputs = {tensor: _coarse(value) for tensor, value in example_inputs(specs[name].inputs, SELFTEST_SEED).items()}
-        arrays |= {f"{name}/in/{tensor}": _stored(value.numpy()) for tensor, value in inputs.items()}
-        outputs = reference_outputs(module, specs[name], inputs)
+        fed = {tensor: value.numpy() for tensor, value in inputs.items()}
+        outputs = (reference_outputs(parts[name], specs[name], inputs) if name in parts
+                   else open_backend("ort").load(folder / components[name].path)(fed))
+        arrays |= {f"{name}/in/{tensor}": _stored(value) for tensor, value in fed.items()}
         arrays |= {f"{name}/out/{tensor}": _stored(value) for tensor, value in outputs.items()}
     np.savez_compressed(folder / "selftest.npz", **arrays)  # type: ignore[arg-type]
     return Component("selftest.npz", record_files(folder, [folder / "selftest.npz"]), "data")

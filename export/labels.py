@@ -26,7 +26,7 @@ from caphuman_edge.export.attributes import captions, measure_attributes
 from caphuman_edge.ref.training.weights import load_vae
 from caphuman_edge.runtime.backends import open_backend
 from caphuman_edge.runtime.condition import condition_maps
-from caphuman_edge.runtime.contract import NANO
+from caphuman_edge.runtime.contract import NANO, PERCEPTION_GRAPHS
 from caphuman_edge.runtime.errors import CapHumanError
 from caphuman_edge.runtime.head import HeadCode, HeadFitter, load_head
 from caphuman_edge.runtime.image import load_photo
@@ -207,8 +207,7 @@ def _progress(items: Iterable[Item], count: float) -> Iterator[Item]:
 @cache
 def _perception(folder: Path) -> Perception:
     load = open_backend("ort").load
-    names = ("face_detector", "face_landmarks", "face_blendshapes", "id_encoder")
-    return Perception(*(load(folder / name / "model.onnx", threads=1) for name in names))
+    return Perception(*(load(folder / name / "model.onnx", threads=1) for name in PERCEPTION_GRAPHS))
 
 
 @cache

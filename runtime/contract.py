@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 RESIDUALS = 13  # CapFace residuals: 12 input blocks and the middle block
+PERCEPTION_GRAPHS = ("face_detector", "face_landmarks", "face_blendshapes", "id_encoder")
 TEXT_TOKENS = 77  # CLIP's window; longer prompts use a multiple of it
 
 

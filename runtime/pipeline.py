@@ -13,7 +13,7 @@ from jaxtyping import Float32, UInt8
 from .backends import Arrays, Graph
 from .bundle import Bundle
 from .condition import condition_maps
-from .contract import RESIDUALS
+from .contract import PERCEPTION_GRAPHS, RESIDUALS
 from .errors import BadInput
 from .head import HeadCode, HeadFitter, HeadModel, load_head
 from .image import load_photo, resize, save_png
@@ -23,8 +23,6 @@ from .perception import Perception
 from .render import Renderer, open_renderer
 from .schedule import DdimStep, ddim_step, ddim_steps, guided
 from .tokenizer import Tokenizer
-
-PERCEPTION_GRAPHS = ("face_detector", "face_landmarks", "face_blendshapes", "id_encoder")
 
 
 @dataclass(frozen=True)

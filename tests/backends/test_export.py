@@ -5,6 +5,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+
 from caphuman_edge.export.builder import Sources, build
 from caphuman_edge.export.check import check_graph
 from caphuman_edge.export.graphs import PreviewDecoder, example_inputs, modules
@@ -70,7 +71,7 @@ def test_every_graph_reaches_60_db(bundle):
 @pytest.mark.slow
 def test_self_test_passes(bundle):
     verdicts = list(self_test(bundle))
-    assert len(verdicts) == 8
+    assert {verdict.graph for verdict in verdicts} >= SPECS.keys()
     assert all(verdict.passed for verdict in verdicts)
 
 
@@ -84,7 +85,8 @@ def test_fused_equals_split(bundle):
     gates = [inputs[f"gate_{level}"] for level in residual_levels(MICRO.unet)]
     gated = {name: residual * gate * scale for (name, residual), gate, scale in
              zip(raw.items(), gates, inputs["scales"], strict=True)}
-    split = bundle.graph("unet")({**{name: inputs[name] for name in ("latent", "timestep", "text_tokens")}, **gated})["eps"]
+    shared = {name: inputs[name] for name in ("latent", "timestep", "text_tokens")}
+    split = bundle.graph("unet")({**shared, **gated})["eps"]
     np.testing.assert_allclose(fused, split, atol=1e-4 * np.abs(fused).max())
 
 
