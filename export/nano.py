@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from caphuman_edge.export.builder import Sources, build
 from caphuman_edge.export.graphs import PreviewDecoder
 from caphuman_edge.ref.caphuman import CapHuman
-from caphuman_edge.ref.training.weights import WEIGHTS, load_nano, metadata
+from caphuman_edge.ref.training.weights import load_nano, read_metadata, weight_files
 from caphuman_edge.runtime.schedule import Schedule
 
 GUIDANCE = 3.0
@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     model = load_nano(options.weights, options.vae)
-    facts = metadata(options.weights)
-    hashes = {name: _sha256(folder / WEIGHTS) for name, folder in (("model", options.weights), ("vae", options.vae))}
+    facts = read_metadata(options.weights)
+    hashes = {path.name: _sha256(path) for folder in (options.weights, options.vae) for path in weight_files(folder)}
     provenance = {"samples_seen": facts["samples"], "training_steps": facts["step"], "sha256": hashes}
     sources = Sources(options.perception, "nano", Schedule(steps=STEPS, guidance=GUIDANCE), provenance, LICENCES,
                       LICENCE_TEXT)

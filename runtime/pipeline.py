@@ -3,6 +3,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -86,10 +87,14 @@ class Pipeline:
                  renderer: Literal["auto", "gl", "numpy"] = "auto"):
         self.bundle, self.backend, self.threads = bundle, backend, threads
         self.head_model: HeadModel = load_head(bundle.file("head")) if "head" in bundle else load_head()
-        self.fitter = HeadFitter(self.head_model)
         self.renderer: Renderer = open_renderer(renderer)
         self.tokenizer = Tokenizer(bundle.file("tokenizer")) if "tokenizer" in bundle else Tokenizer()
         self._graphs: dict[str, Graph] = {}
+
+    @cached_property
+    def fitter(self) -> HeadFitter:
+        """Fits the bundle's head to photos; raises ShapeMismatch for a head without the landmarker's points."""
+        return HeadFitter(self.head_model)
 
     def perceive(self, photo: str | Path | UInt8[np.ndarray, "h w 3"], face: int | None = None,
                  portrait: bool = True) -> Subject:

@@ -32,6 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--labels", type=Path, required=True, help="folder written by `export.labels`")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start-from", type=Path, metavar="DIR",
+                        help="weights to begin with, such as caphuman_ref/training/milestone/model")
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
@@ -45,6 +47,8 @@ def main() -> None:
     plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=options.learning_rate,
                 decay_steps=options.decay_steps)
     run = Run(options.out, trainer.model, plan, {"config": config.to_json()})
+    if options.start_from:
+        run.start_from(options.start_from)
     rng = np.random.default_rng(plan.seed + run.step)
     torch.manual_seed(plan.seed + run.step)
     run.train(lambda step: trainer.losses(labels.batch(plan.batch, rng, device, TEXT_DROPOUT)))

@@ -1,11 +1,9 @@
 """One resumable training run: a folder, an optimiser, an exponential moving average, a clock.
 
-The folder holds `state.pt` (everything needed to go on), `log.jsonl` and `weights.safetensors`
-(EMA weights in float16, with the model's config and the samples seen as metadata).
+The folder holds `state.pt` (everything needed to go on), `log.jsonl` and EMA weights in float16 (see `weights`).
 """
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -15,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from caphuman_edge.ref.checkpoints import load_strictly
+from caphuman_edge.ref.training.weights import read_metadata, read_weights, write_weights, write_whole
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,16 @@ class Run:
         """Write state and EMA weights; each file appears whole or not at all."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "average": self.average.state_dict(), "step": self.step, "samples": self.samples}
-        _write_whole(self.folder / "state.pt", lambda path: torch.save(state, path))
-        weights = {k: v.detach().half().cpu().contiguous() for k, v in self.average.module.state_dict().items()}
-        facts = {k: json.dumps(v) for k, v in {**self.metadata, "step": self.step, "samples": self.samples}.items()}
-        _write_whole(self.folder / "weights.safetensors", lambda path: save_file(weights, path, facts))
+        write_whole(self.folder / "state.pt", lambda path: torch.save(state, path))
+        write_weights(self.folder, self.average.module.state_dict(),
+                      {**self.metadata, "step": self.step, "samples": self.samples})
+
+    def start_from(self, folder: Path) -> None:
+        """Begin with another run's EMA weights and a fresh optimiser; does nothing once this run has begun."""
+        if self.step == 0:
+            load_strictly(self.model, read_weights(folder), str(folder))
+            self.average.module.load_state_dict(self.model.state_dict())
+            self.samples = read_metadata(folder)["samples"]
 
     def update(self, loss: Tensor) -> None:
         """One optimiser step down this loss."""
@@ -113,8 +119,3 @@ class Run:
         self.average.load_state_dict(state["average"])
         self.step, self.samples = state["step"], state["samples"]
 
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    part = path.with_suffix(".part")
-    write(part)
-    os.replace(part, path)

@@ -15,6 +15,8 @@ from caphuman_edge.runtime.head.skinning import axis_angle, rotation_matrices
 from caphuman_edge.runtime.perception.rotation import rotation_from, yaw_pitch_roll
 
 Vector = Float[np.ndarray, "_"]  # any float on the way in, float32 inside
+EVERYDAY_NAMES = {"smile": "mouthSmile", "frown": "mouthFrown", "blink": "eyeBlink", "open": "jawOpen",
+                  "pout": "mouthPucker", "surprise": "browInnerUp"}
 NEUTRAL_SCALE = 5.0  # the mean head then fills about two thirds of the frame
 
 
@@ -102,7 +104,10 @@ class HeadCode:
         return replace(self, camera=np.array([new_scale, *shift]))
 
     def expressed(self, strengths: Mapping[str, float]) -> "HeadCode":
-        """Set expression units by name; 1 is full strength. A name without its side (mouthSmile) sets both."""
+        """Set expression units by name; 1 is full strength.
+
+        A name without its side (mouthSmile) sets both; so do EVERYDAY_NAMES (smile).
+        """
         expression = self.expression.copy()
         for name, strength in strengths.items():
             expression[self._units(name)] = strength
@@ -115,9 +120,11 @@ class HeadCode:
     def _units(self, name: str) -> list[int]:
         """A unit, or both sides of it: `mouthSmile` is mouthSmileLeft and mouthSmileRight."""
         names = self.layout.expression_names
-        units = [i for i, unit in enumerate(names) if unit in (name, f"{name}Left", f"{name}Right")]
+        meant = EVERYDAY_NAMES.get(name, name)
+        units = [i for i, unit in enumerate(names) if unit in (meant, f"{meant}Left", f"{meant}Right")]
         if not units:
-            raise BadInput(f'expression "{name}" is not known, expected one of {", ".join(names)}')
+            known = [alias for alias, unit in EVERYDAY_NAMES.items() if any(n.startswith(unit) for n in names)]
+            raise BadInput(f'expression "{name}" is not known, expected one of {", ".join([*known, *names])}')
         return units
 
 

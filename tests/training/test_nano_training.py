@@ -11,8 +11,9 @@ from PIL import Image
 from caphuman_edge.ref.training import nano
 from caphuman_edge.ref.training.labels import Labels
 from caphuman_edge.ref.training.run import Plan, Run
-from caphuman_edge.ref.training.weights import load_vae, metadata
+from caphuman_edge.ref.training.weights import load_vae, read_metadata, read_weights, weight_files, write_weights
 from caphuman_edge.runtime.contract import NANO
+from caphuman_edge.runtime.errors import CheckpointError
 
 NAMES = np.array(["00300", "00300_a", "00300_b", "00301"])
 
@@ -69,7 +70,7 @@ def test_training_saves_and_goes_on_where_it_stopped(labels, tmp_path):
     first = _run(labels, tmp_path, steps=2)
     again = _run(labels, tmp_path, steps=1)
     assert (first.step, again.step, again.samples) == (2, 3, 3 * again.plan.batch)
-    assert metadata(tmp_path)["samples"] == again.samples
+    assert read_metadata(tmp_path)["samples"] == again.samples
     assert not all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
 
 
@@ -87,6 +88,39 @@ def test_an_autoencoder_run_is_read_back_in_half_precision(tmp_path):
     run.save()
     for name, value in load_vae(tmp_path).state_dict().items():
         assert torch.equal(value, model.state_dict()[name].half().float())
+
+
+def test_weights_come_back_from_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("caphuman_edge.ref.training.weights.SHARD_BYTES", 100)
+    weights = {name: torch.randn(30).half() for name in "abc"}
+    write_weights(tmp_path, weights, {"step": 3})
+    assert len(weight_files(tmp_path)) == 3
+    assert all(torch.equal(read_weights(tmp_path)[name], weights[name].float()) for name in weights)
+
+
+def test_a_missing_shard_and_mixed_steps_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("caphuman_edge.ref.training.weights.SHARD_BYTES", 100)
+    weights = {name: torch.randn(30) for name in "ab"}
+    write_weights(tmp_path, weights, {"step": 3})
+    first, second = weight_files(tmp_path)
+    kept = first.read_bytes()
+    write_weights(tmp_path, weights, {"step": 4})
+    first.write_bytes(kept)
+    with pytest.raises(CheckpointError, match="different training steps"):
+        read_weights(tmp_path)
+    second.unlink()
+    with pytest.raises(CheckpointError, match="holds 1 weight shards"):
+        read_weights(tmp_path)
+
+
+def test_a_run_can_start_from_another_runs_weights(labels, tmp_path):
+    _run(labels, tmp_path / "first", steps=1)
+    trainer = nano.Trainer(NANO, labels, torch.device("cpu"), compiled=False)
+    run = Run(tmp_path / "second", trainer.model, Plan(minutes=1), {})
+    run.start_from(tmp_path / "first")
+    assert run.samples == read_metadata(tmp_path / "first")["samples"]
+    assert all(torch.equal(trainer.model.state_dict()[name], value)
+               for name, value in read_weights(tmp_path / "first").items())
 
 
 def _run(labels, folder, steps):

@@ -84,7 +84,7 @@ def test_left_is_the_persons_left(head):
 
 
 def test_an_unknown_expression_is_named_with_the_known_ones():
-    with pytest.raises(BadInput, match=r'"smirk" is not known, expected one of jawOpen'):
+    with pytest.raises(BadInput, match=r'"smirk" is not known, expected one of smile, open, jawOpen'):
         HeadCode.neutral(LAYOUT).expressed({"smirk": 1.0})
 
 
@@ -142,3 +142,9 @@ def test_the_default_takes_position_and_pose():
 def test_an_unknown_mode_is_named():
     with pytest.raises(BadInput, match='"gaze" is not known'):
         mix(REFERENCE, TARGET, "pose,gaze")
+
+
+def test_everyday_names_set_their_units():
+    neutral = HeadCode.neutral(LAYOUT)
+    assert (neutral.expressed({"smile": 0.7}).expression == neutral.expressed({"mouthSmile": 0.7}).expression).all()
+    assert neutral.expressed({"smile": 0.7}).expression.any()
