@@ -2,7 +2,7 @@
 
     python -m benchmarks.footprint [--json]
 
-Run it where caphuman-edge is installed from its wheel, with no extra: `make footprint` does both.
+Run it with the python of an environment in which caphuman-edge is installed from its wheel, not editable.
 """
 import argparse
 import json

@@ -62,6 +62,8 @@ class Trainer:
         self.model = CapHuman(config, autoencoder=False, mask_bias=MASK_BIAS)
         # words that no caption uses stay zero: neutral to the model, and free to store
         nn.init.zeros_(self.model.text_encoder.text_model.embeddings.token_embedding.weight)
+        # an identity vector has unit length: without this its one token would whisper among the image tokens
+        self.model.id_linear.weight.data *= config.identity_width**0.5
         self.model.to(device, memory_format=torch.channels_last)
         self.alphas_cumprod = alphas_cumprod().to(device)
         self.predict = torch.compile(self._predict) if compiled else self._predict

@@ -1,0 +1,115 @@
+"""The pipeline on the embedded bundle: what each setting does to what the denoiser is given."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from caphuman_edge.runtime import Bundle, Pipeline
+from caphuman_edge.runtime.errors import BadInput
+from caphuman_edge.runtime.head import HeadCode
+from caphuman_edge.runtime.perceive import Subject
+from caphuman_edge.runtime.perception import FaceLandmarks
+from caphuman_edge.runtime.schedule import alphas_cumprod
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline(Bundle.open(), renderer="numpy")
+
+
+@pytest.fixture(scope="module")
+def subject(pipe):
+    """Somebody who was never photographed: the mean head, with features drawn at random."""
+    rng, size = np.random.default_rng(0), pipe.bundle.config.vision.image_size
+    face = FaceLandmarks(np.zeros((478, 3), np.float32), 1.0, np.zeros(52, np.float32))
+    identity = rng.normal(size=pipe.bundle.config.identity_width).astype(np.float32)
+    return Subject(np.zeros((64, 64, 3), np.uint8), face, HeadCode.neutral(pipe.head_model.layout),
+                   identity / np.linalg.norm(identity), rng.normal(size=(3, size, size)).astype(np.float32))
+
+
+@pytest.fixture
+def calls(pipe, monkeypatch):
+    """Every call of the denoiser: its inputs and its eps."""
+    recorded, denoiser = [], pipe.graph("denoiser")
+
+    def record(arrays):
+        outputs = denoiser(arrays)
+        recorded.append({**arrays, **outputs})
+        return outputs
+
+    monkeypatch.setitem(pipe._graphs, "denoiser", dataclasses.replace(denoiser, run=record))
+    return recorded
+
+
+def draw(pipe, subject, **changes):
+    return list(pipe.generate(subject, **{"steps": 2, "prompt": "smiling", **changes}))
+
+
+def test_steps_walk_the_official_table_and_end_with_the_portrait(pipe, subject, calls):
+    steps = draw(pipe, subject, steps=4)
+    assert [step.timestep for step in steps] == [751, 501, 251, 1] == [int(call["timestep"][0]) for call in calls]
+    assert [step.last for step in steps] == [False, False, False, True]
+    assert steps[-1].image.pixels.shape == (256, 256, 3) == steps[0].preview().shape
+
+
+def test_guidance_one_is_the_prompt_alone(pipe, subject, calls):
+    draw(pipe, subject, steps=1, guidance=1.0)
+    assert calls[0]["eps"].shape[0] == 1
+
+
+def test_guidance_moves_away_from_the_negative_prompt(pipe, subject, calls):
+    step, = draw(pipe, subject, steps=1, guidance=4.0, negative="serious")
+    negative, positive = calls[0]["eps"]
+    alpha = alphas_cumprod(pipe.bundle.schedule)[1]  # one step starts at timestep 1
+    eps = negative + 4 * (positive - negative)
+    np.testing.assert_allclose(step.clean[0], (calls[0]["latent"][0] - np.sqrt(1 - alpha) * eps) / np.sqrt(alpha),
+                               atol=1e-4)
+    assert np.abs(positive - negative).max() > 1e-4
+
+
+def test_tau_drops_the_face_tokens_above_it_only(pipe, subject, calls):
+    draw(pipe, subject, steps=4, tau=501)
+    assert [bool(call["face_tokens"].any()) for call in calls] == [False, True, True, True]
+
+
+def test_one_seed_is_one_picture_and_another_seed_another(pipe, subject):
+    first, again, other = (draw(pipe, subject, seed=seed)[-1].image.pixels for seed in (5, 5, 6))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_the_head_reaches_the_picture_unless_strength_is_zero(pipe, subject):
+    turned = subject.head.posed(yaw=30.0)
+    for strength, differs in ((1.0, True), (0.0, False)):
+        straight = draw(pipe, subject, strength=strength)[-1].latent
+        yawed = draw(pipe, subject, head=turned, strength=strength)[-1].latent
+        assert (np.abs(straight - yawed).max() > 1e-3) == differs
+
+
+def test_the_person_reaches_the_picture(pipe, subject):
+    somebody_else = dataclasses.replace(subject, identity=-subject.identity)
+    assert np.abs(draw(pipe, subject)[-1].latent - draw(pipe, somebody_else)[-1].latent).max() > 1e-4
+
+
+def test_closing_the_generator_stops_the_work(pipe, subject, calls):
+    steps = pipe.generate(subject, steps=20)
+    next(steps)
+    steps.close()
+    assert len(calls) == 1
+
+
+def test_a_saved_portrait_carries_its_recipe(pipe, subject, tmp_path):
+    draw(pipe, subject, seed=9)[-1].image.save(tmp_path / "out.png")
+    text = Image.open(tmp_path / "out.png").text
+    recipe = json.loads(text["caphuman"])
+    assert (recipe["seed"], recipe["prompt"], recipe["bundle_sha256"]) == (9, "smiling", pipe.bundle.digest)
+    assert text["AI-generated"] == "true"
+
+
+@pytest.mark.parametrize(("name", "value"), [("guidance", 31.0), ("guidance", float("nan")), ("strength", -0.1),
+                                             ("tau", 1001), ("eta", 1.5), ("seed", -1), ("steps", 0), ("steps", 333)])
+def test_settings_out_of_range_are_named_with_their_range(pipe, subject, name, value):
+    with pytest.raises(BadInput, match=str(value)):
+        next(pipe.generate(subject, **{name: value}))
