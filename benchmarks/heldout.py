@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from caphuman_edge.runtime.contract import HELD_OUT_SEEDS
 from caphuman_edge.runtime.errors import BadInput
 
-IDENTITIES = 300  # seeds below this
 ARCHIVES = ("faces_256.tar", "variants_256.tar")
 POSES = ("", "_a", "_b")  # an identity's picture, and the same person in two more poses
 OTHERS = 10  # random other references that a portrait is compared with
@@ -50,7 +50,7 @@ class Pictures:
     def names(self) -> frozenset[str]:
         """Raises BadInput where the folder holds no held-out pictures."""
         found = self._files or self._members
-        names = frozenset(Path(name).stem for name in found if int(Path(name).name[:5]) < IDENTITIES)
+        names = frozenset(Path(name).stem for name in found if int(Path(name).name[:5]) < HELD_OUT_SEEDS)
         if not names:
             raise BadInput(f"{self.folder} holds no held-out pictures, expected {' and '.join(ARCHIVES)} or 00000.jpg "
                            "and so on: give the folder with --pictures")

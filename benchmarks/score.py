@@ -7,6 +7,7 @@ prompt of measured attributes. The portrait is measured again by the runtime's p
 bundle does not consume, and so are dummies that do not do the task. A stopped run goes on where it was.
 """
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     if options.fetch and not options.scorer.exists():
         fetch(options.scorer)
     pipe = Pipeline(Bundle.open(options.bundle), options.backend, options.threads)
-    settings = _settings(options, pipe)
+    settings = _settings(options, pipe, pictures)
     bench = Bench(pipe, pictures, Scorer(options.scorer), settings["steps"], settings["prompts"] == "swapped")
     store = Store.open(options.out, pipe.bundle.manifest.name, settings)
     score_pairs(bench, store, pairs, settings["dummies"])
@@ -97,12 +98,14 @@ def report(store: Store, pairs: Sequence[Pair], settings: dict[str, Any], as_dat
     print(f"records, table and contact sheet: {store.stem}.*", file=sys.stderr)
 
 
-def _settings(options: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
+def _settings(options: argparse.Namespace, pipe: Pipeline, pictures: Pictures) -> dict[str, Any]:
     """All that changes a record."""
     chosen = pipe.settings(steps=options.steps)
+    names = hashlib.sha256(" ".join(sorted(pictures.names)).encode()).hexdigest()
     return {"bundle": pipe.bundle.digest[:12], "steps": chosen.steps, "guidance": chosen.guidance,
             "prompts": options.prompts, "dummies": not options.no_dummies, "backend": options.backend,
-            "scorer": FILE_SHA256[:12], "measures": MEASURES_VERSION}
+            "pictures": names[:12], "renderer": pipe.renderer.device, "scorer": FILE_SHA256[:12],
+            "measures": MEASURES_VERSION}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.estimates import CONFIDENCE, Estimate
 from benchmarks.score_figures import (
     ANSWER,
     COLUMNS,
@@ -17,7 +18,6 @@ from benchmarks.score_figures import (
     figures,
     goals,
 )
-from benchmarks.statistics import CONFIDENCE, Estimate
 
 PERCENT, DEGREES, PLAIN = (100, 1, " %"), (1, 1, "°"), (1, 2, "")  # factor, decimals, unit
 PERCENT_GIVEN = (1, 1, " %")

@@ -11,7 +11,7 @@ from torch import nn
 
 from caphuman_edge.export.check import check_graph, reference_outputs
 from caphuman_edge.export.graphs import PreviewDecoder, example_inputs, modules
-from caphuman_edge.export.onnx_writer import save, trace
+from caphuman_edge.export.onnx_writer import WEIGHTS, save, trace
 from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.runtime.backends import open_backend
 from caphuman_edge.runtime.bundle import new_bundle, record_files, write_manifest
@@ -71,13 +71,14 @@ def _write_graphs(folder: Path, place: str, files: Mapping[str, str], parts: Map
     for name, file in files.items():
         report(f"exporting {name}")
         models[file] = trace(parts[name], specs[name])
-    *_, weights = save(models, folder / place)
+    precision = save(models, folder / place)
     components, backend = {}, open_backend("ort")
     for name, file in files.items():
         report(f"checking {name}")
         path = folder / place / file
         parity = check_graph(path, specs[name], parts[name], backend)
-        components[name] = Component(f"{place}/{file}", record_files(folder, [path, weights]), "f16",
+        stored = [path, *(folder / place).glob(WEIGHTS)]
+        components[name] = Component(f"{place}/{file}", record_files(folder, stored), precision,
                                      specs[name].inputs, specs[name].outputs, {"psnr_db": min(parity.values())})
     return components
 

@@ -25,8 +25,9 @@ from PIL import Image
 from caphuman_edge.export.attributes import captions, measure_attributes
 from caphuman_edge.ref.training.weights import load_vae
 from caphuman_edge.runtime.backends import open_backend
+from caphuman_edge.runtime.cli import guarded
 from caphuman_edge.runtime.condition import condition_maps
-from caphuman_edge.runtime.contract import NANO, PERCEPTION_GRAPHS
+from caphuman_edge.runtime.contract import HELD_OUT_SEEDS, NANO, PERCEPTION_GRAPHS
 from caphuman_edge.runtime.errors import CapHumanError
 from caphuman_edge.runtime.head import HeadCode, HeadFitter, load_head
 from caphuman_edge.runtime.image import load_photo
@@ -35,11 +36,11 @@ from caphuman_edge.runtime.perception.crop import CLIP_MEAN, CLIP_STD
 from caphuman_edge.runtime.render import NumpyRenderer
 from caphuman_edge.runtime.tokenizer import Tokenizer
 
-HELD_OUT = 300  # seeds below this are kept for scoring
 CAPTION_VARIANTS = 6
 CROP_QUALITY = 85  # JPEG
 LEAST_SIMILARITY = 0.3  # cosine to the identity's other pictures
 LATENT_CODES = 24.0  # int8 codes a standard deviation: finer than any noise that training adds
+NEEDS = {"measure": ("pictures", "perception"), "encode": ("pictures", "vae"), "render": ()}  # flags of each stage
 Item = TypeVar("Item")
 CODE_FIELDS = ("identity", "expression", "texture", "pose", "camera", "light", "crop")
 
@@ -56,8 +57,8 @@ class Measured:
     captions: np.ndarray  # (variants, 77) uint16
 
 
-def main() -> None:
-    """Command line."""
+def main() -> int:
+    """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=("measure", "encode", "render"))
     parser.add_argument("--pictures", type=Path)
@@ -66,6 +67,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    for needed in NEEDS[options.stage]:
+        if getattr(options, needed) is None:
+            parser.error(f"{options.stage} needs --{needed}")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.stage == "measure":
         measure(options.pictures, options.perception, options.out, options.workers)
@@ -73,11 +77,12 @@ def main() -> None:
         encode(options.pictures, options.vae, options.out)
     else:
         render(options.out, options.workers)
+    return 0
 
 
 def measure(pictures: Path, perception: Path, out: Path, workers: int) -> None:
     """Write labels.npz of every picture that may be trained on and can be measured."""
-    paths = sorted(path for path in pictures.glob("*.jpg") if int(path.name[:5]) >= HELD_OUT)
+    paths = sorted(path for path in pictures.glob("*.jpg") if int(path.name[:5]) >= HELD_OUT_SEEDS)
     with ProcessPoolExecutor(workers) as pool:
         results = pool.map(partial(measure_picture, perception), paths, chunksize=16)
         measured = [labels for labels in _progress(results, len(paths)) if labels is not None]
@@ -221,4 +226,4 @@ def _tokenizer() -> Tokenizer:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

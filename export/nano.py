@@ -15,6 +15,7 @@ from caphuman_edge.export.builder import Sources, build
 from caphuman_edge.export.graphs import PreviewDecoder
 from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.ref.training.weights import load_nano, read_metadata, weight_files
+from caphuman_edge.runtime.cli import guarded
 from caphuman_edge.runtime.schedule import Schedule
 
 GUIDANCE = 3.0
@@ -38,8 +39,8 @@ LICENCES = {
 }
 
 
-def main() -> None:
-    """Command line."""
+def main() -> int:
+    """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, required=True, help="folder of a training.nano run")
     parser.add_argument("--vae", type=Path, required=True, help="folder of a training.vae run")
@@ -49,11 +50,13 @@ def main() -> None:
     options = parser.parse_args()
     model = load_nano(options.weights, options.vae)
     facts = read_metadata(options.weights)
-    hashes = {path.name: _sha256(path) for folder in (options.weights, options.vae) for path in weight_files(folder)}
+    folders = {"model": options.weights, "vae": options.vae}
+    hashes = {f"{part}/{path.name}": _sha256(path) for part, folder in folders.items() for path in weight_files(folder)}
     provenance = {"samples_seen": facts["samples"], "training_steps": facts["step"], "sha256": hashes}
     sources = Sources(options.perception, "nano", Schedule(steps=STEPS, guidance=GUIDANCE), provenance, LICENCES,
                       LICENCE_TEXT)
     build(model, fit_preview(model, options.labels), sources, options.out, lambda line: print(line, file=sys.stderr))
+    return 0
 
 
 def fit_preview(model: CapHuman, labels: Path) -> PreviewDecoder:
@@ -74,4 +77,4 @@ def _sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -3,6 +3,7 @@
 Graphs saved together share one external-data file: equal tensors are stored once.
 """
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +20,7 @@ from caphuman_edge.runtime.contract import GraphSpec
 OPSET = 18
 EXTERNAL_BYTES = 1024  # smaller tensors stay inside the graph
 ALIGNMENT = 64  # bytes
+WEIGHTS = "weights.bin"
 
 
 def trace(module: nn.Module, spec: GraphSpec) -> ModelProto:
@@ -36,17 +38,22 @@ def trace(module: nn.Module, spec: GraphSpec) -> ModelProto:
     return model
 
 
-def save(models: Mapping[str, ModelProto], folder: Path, weights_name: str = "weights.bin") -> list[Path]:
-    """Write `models` (by file name) to a folder with one shared weights file; returns all files written."""
+def save(models: Mapping[str, ModelProto], folder: Path) -> str:
+    """Write `models` (by file name) to a folder with one shared weights file.
+
+    Returns the precision that the large tensors are stored in: "f16", "f32", or "mixed".
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / weights_name, "wb") as weights:
-        pool = WeightPool(weights, weights_name)
+    with open(folder / WEIGHTS, "wb") as weights:
+        pool = WeightPool(weights, WEIGHTS)
         for name, model in models.items():
             _compact_embeddings(model.graph)
             _halve_weights(model.graph)
             pool.move_weights(model.graph)
             onnx.save(model, folder / name)
-    return [folder / name for name in (*models, weights_name)]
+    if not pool.places:
+        (folder / WEIGHTS).unlink()
+    return _precision(models)
 
 
 class WeightPool:
@@ -84,21 +91,30 @@ def _dynamic_shapes(module: nn.Module, spec: GraphSpec) -> tuple[object, ...]:
     return (*shapes[:named], rest) if rest else tuple(shapes)
 
 
+def _precision(models: Mapping[str, ModelProto]) -> str:
+    """Of the tensors that were moved out of the graphs; small ones do not count."""
+    types = {tensor.data_type for model in models.values() for tensor in model.graph.initializer
+             if tensor.data_location == TensorProto.EXTERNAL}
+    names = {frozenset({TensorProto.FLOAT16}): "f16", frozenset({TensorProto.FLOAT}): "f32", frozenset(): "f32"}
+    return names.get(frozenset(types - {TensorProto.UINT16}), "mixed")
+
+
 def _compact_embeddings(graph: GraphProto) -> None:
     """Store only the non-zero rows of embedding tables that are mostly zero: the words a small model never met.
 
     ids -> index of the stored row (row 0 is zeros) -> row. Exact.
     """
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    for position, node in enumerate(graph.node):
-        if node.op_type != "Gather" or node.input[0] not in tensors:
-            continue
-        table = numpy_helper.to_array(tensors[node.input[0]])
+    uses = Counter(name for node in graph.node for name in node.input)
+    tables = [position for position, node in enumerate(graph.node)
+              if node.op_type == "Gather" and node.input[0] in tensors and uses[node.input[0]] == 1
+              and all(attribute.name != "axis" or attribute.i == 0 for attribute in node.attribute)]
+    for position in reversed(tables):  # from the end: a replacement inserts nodes before its own
+        tensor = tensors[graph.node[position].input[0]]
+        table = numpy_helper.to_array(tensor)
         used = np.flatnonzero(table.any(axis=-1)) if table.ndim == 2 else np.arange(len(table))
-        if 2 * len(used) > len(table):
-            continue
-        _replace_table(graph, position, tensors[node.input[0]], table, used)
-        return _compact_embeddings(graph)
+        if 2 * len(used) < len(table) and len(used) < np.iinfo(np.uint16).max:
+            _replace_table(graph, position, tensor, table, used)
 
 
 def _replace_table(graph: GraphProto, position: int, tensor: TensorProto, table: np.ndarray, used: np.ndarray) -> None:

@@ -1,7 +1,8 @@
 """What `export.labels` wrote, as batches: pairs of different pictures of one identity.
 
 A label folder holds `labels.npz` (crops, identities, captions, face masks, names), `latents.npz`
-(latents of one autoencoder) and `maps.npy` (condition maps of each picture's head, worn by its partner).
+(latents of one autoencoder) and `maps.npy` (condition maps of each picture's head, with the identity and texture that
+another picture of the same person gave).
 """
 import io
 import json
@@ -14,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from caphuman_edge.ref.clip import IMAGE_MEAN, IMAGE_STD
-from caphuman_edge.runtime.contract import VaeConfig
+from caphuman_edge.runtime.contract import HELD_OUT_SEEDS, VaeConfig
+from caphuman_edge.runtime.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Batch:
     """One training batch on the model's device."""
 
     latents: Tensor  # (b, 4, h, w) scaled latents of the targets
-    maps: Tensor  # (b, 9, H, W) the target's pose, expression, camera and light on the reference's head
+    maps: Tensor  # (b, 9, H, W) the target's pose, expression, camera and light on a head fitted to another picture
     masks: Tensor  # (b, 1, h, w) 1 on the target's face
     crops: Tensor  # (b, 3, s, s) the reference's face on white, normalised as CLIP's input
     identities: Tensor  # (b, d) the reference's face-recognition vector
@@ -35,7 +37,11 @@ class Labels:
     def __init__(self, folder: Path):
         with np.load(folder / "labels.npz") as labels, np.load(folder / "latents.npz") as latents:
             if not np.array_equal(labels["names"], latents["names"]):
-                raise ValueError(f"{folder}: latents.npz belongs to other labels; run `export.labels encode` again")
+                raise CheckpointError(f"{folder}: latents.npz belongs to other labels; "
+                                      "run `export.labels encode` again")
+            if min(int(name[:5]) for name in labels["names"]) < HELD_OUT_SEEDS:
+                raise CheckpointError(f"{folder} holds seeds below {HELD_OUT_SEEDS}, which are never trained on; "
+                                      "run `export.labels measure` again")
             self.latents = latents["latents"] * latents["step"]  # int8 codes to scaled latents
             self.vae = VaeConfig.from_json(json.loads(str(latents["config"])))  # with the latents' own scale
             self.names, self.identities = labels["names"], labels["identities"].astype(np.float32)

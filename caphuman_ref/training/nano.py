@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from caphuman_edge.ref.caphuman import CapHuman, FaceCondition, face_gates
 from caphuman_edge.ref.sampler import alphas_cumprod
 from caphuman_edge.ref.training.labels import Batch, Labels
-from caphuman_edge.ref.training.run import Plan, Run
+from caphuman_edge.ref.training.run import Plan, Run, guarded
 from caphuman_edge.runtime.contract import NANO, Config
 
 SNR_CEILING = 5.0
@@ -43,9 +43,10 @@ def main() -> None:
     labels = Labels(options.labels)
     config = dataclasses.replace(NANO, vae=labels.vae)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trainer = Trainer(config, labels, device, options.compile)
     plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=options.learning_rate,
                 decay_steps=options.decay_steps)
+    torch.manual_seed(plan.seed)
+    trainer = Trainer(config, device, options.compile)
     run = Run(options.out, trainer.model, plan, {"config": config.to_json()})
     if options.start_from:
         run.start_from(options.start_from)
@@ -57,8 +58,7 @@ def main() -> None:
 class Trainer:
     """The trainable model and its loss on one batch."""
 
-    def __init__(self, config: Config, labels: Labels, device: torch.device, compiled: bool):
-        self.labels = labels
+    def __init__(self, config: Config, device: torch.device, compiled: bool):
         self.model = CapHuman(config, autoencoder=False, mask_bias=MASK_BIAS)
         # words that no caption uses stay zero: neutral to the model, and free to store
         nn.init.zeros_(self.model.text_encoder.text_model.embeddings.token_embedding.weight)
@@ -95,4 +95,4 @@ class Trainer:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

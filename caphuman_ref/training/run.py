@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from caphuman_edge.ref.checkpoints import load_strictly
 from caphuman_edge.ref.training.weights import read_metadata, read_weights, write_weights, write_whole
+from caphuman_edge.runtime.errors import CapHumanError
 
 
 @dataclass(frozen=True)
@@ -119,3 +120,11 @@ class Run:
         self.average.load_state_dict(state["average"])
         self.step, self.samples = state["step"], state["samples"]
 
+
+def guarded(main: Callable[[], None]) -> None:
+    """Run a command; a user's error is one line on stderr and exit code 2."""
+    try:
+        main()
+    except CapHumanError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from caphuman_edge.ref.autoencoder import Autoencoder
-from caphuman_edge.ref.training.run import Plan, Run
-from caphuman_edge.runtime.contract import NANO
+from caphuman_edge.ref.training.run import Plan, Run, guarded
+from caphuman_edge.runtime.contract import HELD_OUT_SEEDS, NANO
 
-HELD_OUT = 300  # pictures of seeds below this are never trained on
 KL_WEIGHT = 1e-4
 SHARPNESS_WEIGHT = 1.0
 
@@ -33,6 +32,7 @@ def main() -> None:
     plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=1e-3,
                 decay_steps=options.decay_steps)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(plan.seed)
     model = Autoencoder(NANO.vae).to(device, memory_format=torch.channels_last)
     run = Run(options.out, model, plan, {"vae": NANO.to_json()["vae"]})
     pictures = read_pictures(options.pictures)
@@ -42,7 +42,7 @@ def main() -> None:
 
 def read_pictures(folder: Path) -> np.ndarray:
     """All pictures that may be trained on, (n, 256, 256, 3) uint8, mirrored copies not included."""
-    paths = sorted(path for path in folder.glob("*.jpg") if int(path.name[:5]) >= HELD_OUT)
+    paths = sorted(path for path in folder.glob("*.jpg") if int(path.name[:5]) >= HELD_OUT_SEEDS)
     return np.stack([np.asarray(Image.open(path)) for path in paths])
 
 
@@ -81,4 +81,4 @@ def gradient_distance(image: Tensor, target: Tensor, scales: int = 3) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

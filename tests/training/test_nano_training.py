@@ -11,6 +11,7 @@ from PIL import Image
 from caphuman_edge.ref.training import nano
 from caphuman_edge.ref.training.labels import Labels
 from caphuman_edge.ref.training.run import Plan, Run
+from caphuman_edge.ref.training.vae import read_pictures
 from caphuman_edge.ref.training.weights import load_vae, read_metadata, read_weights, weight_files, write_weights
 from caphuman_edge.runtime.contract import NANO
 from caphuman_edge.runtime.errors import CheckpointError
@@ -62,8 +63,22 @@ def test_labels_of_another_autoencoder_are_refused(folder, tmp_path):
     for name in ("labels.npz", "maps.npy"):
         (tmp_path / name).symlink_to(folder / name)
     np.savez(tmp_path / "latents.npz", names=NAMES[:2], step=1.0, config="{}", latents=np.zeros(2))
-    with pytest.raises(ValueError, match="run `export.labels encode` again"):
+    with pytest.raises(CheckpointError, match="run `export.labels encode` again"):
         Labels(tmp_path)
+
+
+def test_labels_of_held_out_people_are_refused(folder, tmp_path):
+    for name in ("labels.npz", "latents.npz"):
+        arrays = dict(np.load(folder / name))
+        np.savez(tmp_path / name, **{**arrays, "names": np.array(["00299", "00300_a", "00300_b", "00301"])})
+    with pytest.raises(CheckpointError, match="seeds below 300, which are never trained on"):
+        Labels(tmp_path)
+
+
+def test_the_autoencoder_never_sees_held_out_people(tmp_path):
+    for name, grey in (("00299", 10), ("00299_a", 20), ("00300", 200), ("00300_b", 210)):
+        Image.new("RGB", (16, 16), (grey,) * 3).save(tmp_path / f"{name}.jpg")
+    assert [int(picture.mean()) for picture in read_pictures(tmp_path)] == [200, 210]
 
 
 def test_training_saves_and_goes_on_where_it_stopped(labels, tmp_path):
@@ -115,7 +130,7 @@ def test_a_missing_shard_and_mixed_steps_are_refused(tmp_path, monkeypatch):
 
 def test_a_run_can_start_from_another_runs_weights(labels, tmp_path):
     _run(labels, tmp_path / "first", steps=1)
-    trainer = nano.Trainer(NANO, labels, torch.device("cpu"), compiled=False)
+    trainer = nano.Trainer(NANO, torch.device("cpu"), compiled=False)
     run = Run(tmp_path / "second", trainer.model, Plan(minutes=1), {})
     run.start_from(tmp_path / "first")
     assert run.samples == read_metadata(tmp_path / "first")["samples"]
@@ -125,7 +140,7 @@ def test_a_run_can_start_from_another_runs_weights(labels, tmp_path):
 
 def _run(labels, folder, steps):
     torch.manual_seed(0)
-    trainer = nano.Trainer(NANO, labels, torch.device("cpu"), compiled=False)
+    trainer = nano.Trainer(NANO, torch.device("cpu"), compiled=False)
     run = Run(folder, trainer.model, Plan(minutes=10, batch=2), {"config": NANO.to_json()})
     rng = np.random.default_rng(run.step)
     for _ in range(steps):

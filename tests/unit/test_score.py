@@ -9,14 +9,15 @@ from PIL import Image
 
 pytest.importorskip("benchmarks", reason="runs from a checkout: python -m pytest")
 from benchmarks import score, scorer
-from benchmarks.heldout import CHILD_LIKE, IDENTITIES, OTHERS, Pictures, pair_up
+from benchmarks.heldout import CHILD_LIKE, OTHERS, Pictures, pair_up
 from benchmarks.score_figures import attribute_figures, figures, goals
 from benchmarks.score_report import as_json, as_markdown
 from benchmarks.score_store import Store
+from caphuman_edge.runtime.contract import HELD_OUT_SEEDS
 from caphuman_edge.runtime.errors import BadInput
 from caphuman_edge.runtime.perception import FaceLandmarks
 
-NAMES = frozenset(f"{seed:05d}{pose}" for seed in range(IDENTITIES) for pose in ("", "_a", "_b"))
+NAMES = frozenset(f"{seed:05d}{pose}" for seed in range(HELD_OUT_SEEDS) for pose in ("", "_a", "_b"))
 
 
 def answer(wanted: dict, own: float = 0.7, other: float = 0.1, yaw_factor: float = 1.0, **attributes: str) -> dict:
@@ -51,7 +52,7 @@ def test_fewer_pairs_are_the_first_of_more():
     assert pair_up(NAMES, 20) == pair_up(NAMES, 200)[:20]
 
 
-@pytest.mark.parametrize("count", [0, IDENTITIES + 1])
+@pytest.mark.parametrize("count", [0, HELD_OUT_SEEDS + 1])
 def test_more_pairs_than_identities_are_refused(count):
     with pytest.raises(BadInput, match=f"--pairs is {count}"):
         pair_up(NAMES, count)
