@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt $(shell find caphuman_ref export quant runtime shaders \
 	-type f -not -path '*/__pycache__/*' -not -name '* *')
 
+# The demo's photo lies in scikit-image's wheel; .cache may hold wheels of other versions and other Pythons.
+WHEELS := .cache/scikit_image-$(shell sed -n 's/^scikit-image==//p' constraints.txt)-*.whl
+
 .PHONY: demo test lint clean
 
-# A portrait from the embedded bundle, with what a user needs and no more. The photo lies in scikit-image's wheel.
+# A portrait from the embedded bundle, with what a user needs and no more.
 demo: $(VENV)/.demo
-	test -e .cache/scikit_image-*.whl || \
+	ls $(WHEELS) >/dev/null 2>&1 || \
 		$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: -c constraints.txt -d .cache scikit-image
-	$(BIN)/python -m caphuman_edge.runtime.demo --photo .cache/scikit_image-*.whl
+	$(BIN)/python -m caphuman_edge.runtime.demo --photo "$$(ls $(WHEELS) | head -n 1)"
 
 # The suites run against an installed copy, so that a file missing from the wheel fails them.
 test: lint

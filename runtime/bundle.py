@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,20 +92,24 @@ class Bundle:
 def new_bundle(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A scratch folder to build a bundle in; it becomes `target` once the block ends and the bundle verifies.
 
-    A killed or failed build leaves `target` as it was. Raises BundleError where `target` exists and `overwrite` is
-    false, or where it is a folder that is no bundle.
+    A failed build leaves `target` as it was. A killed one may leave `.NAME.building-*` beside it, to be deleted; one
+    killed while it replaces `target` leaves the former bundle as `.NAME.old`, which the next build puts back first.
+    Raises BundleError where `target` exists and `overwrite` is false, or where it is a folder that is no bundle.
     """
     target = Path(target)
+    with _writing(target):
+        _restore(target)
     _check_target(target, overwrite)
-    scratch = target.with_name(f".{target.name}.building")
-    shutil.rmtree(scratch, ignore_errors=True)  # what a killed build left
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
+        folder = scratch / target.name  # within, since mkdtemp's own folder is closed to other users
+        folder.mkdir()
     try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        Bundle.open(scratch)
-        _publish(scratch, target)
-    except OSError as error:
-        raise BundleError(f"cannot write bundle {target} ({error}); mend that or choose another place") from error
+        yield folder
+        Bundle.open(folder)
+        with _writing(target):
+            _publish(folder, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -173,13 +178,30 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise BundleError(f"{target} exists and is no bundle, so it is not overwritten; choose another place")
 
 
-def _publish(scratch: Path, target: Path) -> None:
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(f"cannot write bundle {target} ({error}); mend that or choose another place") from error
+
+
+def _publish(folder: Path, target: Path) -> None:
     """Put the finished folder in place with renames, which no kill can halve."""
     if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-        os.replace(scratch, target)
-        shutil.rmtree(old)
+        shutil.rmtree(_old(target), ignore_errors=True)
+        os.replace(target, _old(target))
+        os.replace(folder, target)
+        shutil.rmtree(_old(target), ignore_errors=True)
     else:
-        os.replace(scratch, target)
+        os.replace(folder, target)
+
+
+def _restore(target: Path) -> None:
+    """Put back what a build had moved away when it was killed between the two renames of `_publish`."""
+    if not target.exists() and _old(target).exists():
+        os.replace(_old(target), target)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")

@@ -19,11 +19,11 @@ def cache_dir() -> Path:
     ~/Library/Caches on a Mac, %LOCALAPPDATA% on Windows. Raises BadInput where the folder cannot be made.
     """
     override = os.environ.get("CAPHUMAN_CACHE")
-    folder = Path(override).expanduser() if override else platform_cache() / "caphuman"
     try:
+        folder = Path(override).expanduser() if override else platform_cache() / "caphuman"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cache folder {folder} cannot be made ({error.strerror}); "
+    except (OSError, RuntimeError) as error:  # pathlib raises the latter where the user has no home
+        raise BadInput(f"the cache folder cannot be made ({error}); "
                        "set CAPHUMAN_CACHE to a folder that can be written") from error
     return folder
 

@@ -9,6 +9,7 @@ from typing import Any
 
 RESIDUALS = 13  # CapFace residuals: 12 input blocks and the middle block
 PERCEPTION_GRAPHS = ("face_detector", "face_landmarks", "face_blendshapes", "id_encoder")
+HELD_OUT_SEEDS = 300  # pictures of seeds below this are for scoring, never for training
 TEXT_TOKENS = 77  # CLIP's window; longer prompts use a multiple of it
 
 

@@ -9,15 +9,18 @@ import argparse
 import hashlib
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from .cli import Parser, guarded
 from .cli.generate import draw
 from .cli.head import open_pipeline
-from .cli.output import check_writable, make_folder
-from .errors import BadImage
+from .cli.output import check_apart, check_writable, make_folder
+from .errors import BadImage, BadInput
 from .image import save_png
+from .perceive import Subject
+from .pipeline import Pipeline, Settings
 from .sheet import Tile, contact_sheet, map_tiles
 
 YAWS = {"portrait.png": -30.0, "portrait-2.png": 25.0}  # degrees
@@ -34,35 +37,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def astronaut(wheel: Path) -> Path:
     """The astronaut's photo out of a wheel of scikit-image, written beside it."""
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            photo = archive.read(ASTRONAUT)
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise BadImage(f"{wheel} holds no {ASTRONAUT} ({error}); download scikit-image's wheel again") from error
+    photo = _unpacked(wheel)
     if hashlib.sha256(photo).hexdigest() != ASTRONAUT_SHA256:
         raise BadImage(f"{ASTRONAUT} in {wheel} is another picture; use the wheel of scikit-image 0.26.0")
     path = wheel.with_name("astronaut.png")
-    path.write_bytes(photo)
+    try:
+        path.write_bytes(photo)
+    except OSError as error:
+        raise BadInput(f"cannot write {path} ({error.strerror or error}); copy the wheel to another folder") from error
     return path
+
+
+def _unpacked(wheel: Path) -> bytes:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.read(ASTRONAUT)
+    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadImage(f"{wheel} holds no good {ASTRONAUT} ({error}); download scikit-image's wheel again") from error
 
 
 def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
-    check_writable(args.out / name for name in (*YAWS, SHEET))
+    files = [args.out / name for name in (*YAWS, SHEET)]
+    check_apart(files, [args.photo])
+    check_writable(files)
     photo = astronaut(args.photo) if args.photo.suffix == ".whl" else args.photo
-    pipe = open_pipeline()
-    subject = pipe.perceive(photo)
-    settings = pipe.settings(prompt=PROMPT, steps=args.steps)
-    make_folder(args.out)
-    tiles = []
-    for name, yaw in YAWS.items():
-        head = subject.head.posed(yaw=yaw)
-        portrait = draw(pipe, subject, head, settings, name, {"yaw": yaw})
-        portrait.save(args.out / name)
-        tiles += [Tile("photo", subject.photo), *map_tiles(pipe.maps(head)), Tile(f"yaw {yaw:g}", portrait.pixels)]
+    with open_pipeline() as pipe:
+        settings = pipe.settings(prompt=PROMPT, steps=args.steps)
+        subject = pipe.perceive(photo)
+        make_folder(args.out)
+        tiles = [tile for name, yaw in YAWS.items() for tile in _turned(pipe, subject, settings, args.out / name, yaw)]
     save_png(args.out / SHEET, contact_sheet(tiles))
-    print(*(args.out / name for name in (*YAWS, SHEET)), sep="\n")
+    print(*files, sep="\n")
     return 0
+
+
+def _turned(pipe: Pipeline, subject: Subject, settings: Settings, file: Path, yaw: float) -> list[Tile]:
+    """Draw and write one portrait; gives its row of the sheet."""
+    head = subject.head.posed(yaw=yaw)
+    portrait = draw(pipe, subject, head, settings, file.name, {"yaw": yaw})
+    portrait.save(file)
+    return [Tile("photo", subject.photo), *map_tiles(pipe.maps(head)), Tile(f"yaw {yaw:g}", portrait.pixels)]
 
 
 def _parser() -> argparse.ArgumentParser:

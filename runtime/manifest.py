@@ -17,7 +17,7 @@ from typing import Any
 
 from .contract import FULL, Config, GraphSpec, TensorSpec, graphs
 from .errors import BundleError, ShapeMismatch
-from .schedule import Schedule
+from .schedule import SCHEDULES, Schedule
 
 FORMAT = 1
 REBUILD = "rebuild the bundle with this version"
@@ -71,7 +71,7 @@ def parse(text: str) -> Manifest:
     fields = _record(data, "bundle.json", format=int, name=str, config=dict, schedule=dict, components=dict,
                      provenance=dict, licences=dict)
     config = Config.from_json(_like(fields["config"], FULL.to_json(), "config"))
-    schedule = Schedule(**_like(fields["schedule"], dataclasses.asdict(Schedule()), "schedule"))
+    schedule = _schedule(fields["schedule"])
     components = {name: _component(data, f"components.{name}") for name, data in fields["components"].items()}
     _check_contract(config, components)
     return Manifest(fields["name"], config, schedule, components, fields["provenance"], fields["licences"])
@@ -85,6 +85,14 @@ def check_graph(label: str, inputs: Iterable[TensorSpec], outputs: Iterable[Tens
     """
     return GraphSpec(want.name, _matched_all(f"{label} inputs", inputs, want.inputs),
                      _matched_all(f"{label} outputs", outputs, want.outputs))
+
+
+def _schedule(data: object) -> Schedule:
+    schedule = Schedule(**_like(data, dataclasses.asdict(Schedule()), "schedule"))
+    if schedule.kind not in SCHEDULES:
+        raise BundleError(f"bundle.json: schedule.kind is {schedule.kind!r}, expected one of {_names(SCHEDULES)}; "
+                          f"{REBUILD}")
+    return schedule
 
 
 def _check_contract(config: Config, components: Mapping[str, Component]) -> None:
@@ -124,7 +132,13 @@ def _component(data: object, where: str) -> Component:
         raise BundleError(f"bundle.json: {where}.path is {path}, which its files do not list; {REBUILD}")
     inputs = tuple(_tensor(spec, f"{where}.inputs") for spec in fields["inputs"])
     outputs = tuple(_tensor(spec, f"{where}.outputs") for spec in fields["outputs"])
-    return Component(str(path), files, fields["precision"], inputs, outputs, fields["parity"])
+    return Component(str(path), files, fields["precision"], inputs, outputs, _parity(fields["parity"], where))
+
+
+def _parity(data: dict[str, Any], where: str) -> dict[str, float]:
+    if not all(type(value) in (int, float) for value in data.values()):
+        raise BundleError(f"bundle.json: {where}.parity is {data!r:.60}, expected numbers; {REBUILD}")
+    return data
 
 
 def _file(data: object, where: str) -> FileRecord:

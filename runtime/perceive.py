@@ -5,10 +5,13 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from .head import HeadCode, HeadFitter
+from .image import resize
 from .perception import FaceLandmarks, Perception, face_crop, head_rotation, select_face
 
 FACE_HEIGHT = 0.676  # of the portrait's edge, forehead to chin: the mean of the training pictures
 FACE_CENTRE = (0.5, 0.6)  # of the portrait's edges, right and down
+
+LARGEST_FRAME = 2048  # px; more shows nothing that is measured, and a huge photo's would fill the memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +40,28 @@ def measure_subject(see: Perception, fitter: HeadFitter, photo: UInt8[np.ndarray
 
 def portrait_frame(photo: UInt8[np.ndarray, "h w 3"],
                    face: FaceLandmarks) -> tuple[UInt8[np.ndarray, "e e 3"], FaceLandmarks]:
-    """The square around a face in which it has the trained size and place; edges are repeated where it overhangs."""
+    """The square around a face in which it has the trained size and place; edges are repeated where it overhangs.
+
+    Photo and points are scaled down together where its edge would be over LARGEST_FRAME.
+    """
+    edge = _frame_edge(face)
+    if edge > LARGEST_FRAME:
+        photo, face = _scaled(photo, face, LARGEST_FRAME / edge)
+        edge = LARGEST_FRAME
     low, high = face.points[:, :2].min(axis=0), face.points[:, :2].max(axis=0)
-    edge = max(2, round(float((high - low).max()) / FACE_HEIGHT))
     left, top = np.rint((low + high) / 2 - edge * np.array(FACE_CENTRE)).astype(int)
     rows = np.clip(np.arange(top, top + edge), 0, photo.shape[0] - 1)
     columns = np.clip(np.arange(left, left + edge), 0, photo.shape[1] - 1)
     points = face.points - np.array([left, top, 0], np.float32)
-    return photo[rows][:, columns], replace(face, points=points)
+    return photo[rows[:, None], columns], replace(face, points=points)
+
+
+def _frame_edge(face: FaceLandmarks) -> int:
+    return max(2, round(float(np.ptp(face.points[:, :2], axis=0).max()) / FACE_HEIGHT))
+
+
+def _scaled(photo: UInt8[np.ndarray, "h w 3"], face: FaceLandmarks,
+            scale: float) -> tuple[UInt8[np.ndarray, "H W 3"], FaceLandmarks]:
+    height, width = (max(1, round(length * scale)) for length in photo.shape[:2])
+    factors = np.array([width / photo.shape[1], height / photo.shape[0], scale], np.float32)
+    return resize(photo, height, width), replace(face, points=face.points * factors)

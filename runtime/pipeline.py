@@ -22,7 +22,7 @@ from .noise import cuda_normal
 from .perceive import Subject, measure_subject
 from .perception import Perception
 from .render import Renderer, open_renderer
-from .schedule import DdimStep, ddim_step, ddim_steps, guided
+from .schedule import DdimStep, ddim_step, ddim_steps, guided, timesteps
 from .tokenizer import Tokenizer
 
 
@@ -42,7 +42,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Portrait:
-    """A finished picture and the recipe that makes it again."""
+    """A finished picture and its recipe: settings, head, bundle. With the same photo they make it again."""
 
     pixels: UInt8[np.ndarray, "h w 3"]
     recipe: dict[str, object]
@@ -91,6 +91,21 @@ class Pipeline:
         self.tokenizer = Tokenizer(bundle.file("tokenizer")) if "tokenizer" in bundle else Tokenizer()
         self._graphs: dict[str, Graph] = {}
 
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the renderer; the pipeline draws nothing afterwards."""
+        self.renderer.close()
+
+    @cached_property
+    def see(self) -> Perception:
+        """What finds and measures faces."""
+        return Perception(*map(self.graph, PERCEPTION_GRAPHS))
+
     @cached_property
     def fitter(self) -> HeadFitter:
         """Fits the bundle's head to photos; raises ShapeMismatch for a head without the landmarker's points."""
@@ -100,8 +115,7 @@ class Pipeline:
                  portrait: bool = True) -> Subject:
         """Measure the person in a photo; settings as in `perceive.measure_subject`."""
         pixels = photo if isinstance(photo, np.ndarray) else load_photo(photo)
-        see = Perception(*(self.graph(name) for name in PERCEPTION_GRAPHS))
-        return measure_subject(see, self.fitter, pixels, self.bundle.config.vision.image_size, face, portrait)
+        return measure_subject(self.see, self.fitter, pixels, self.bundle.config.vision.image_size, face, portrait)
 
     def maps(self, head: HeadCode) -> Float32[np.ndarray, "9 h w"]:
         """Normal, albedo and rendered maps of a head in the bundle's frame."""
@@ -115,8 +129,8 @@ class Pipeline:
         """
         chosen = self.settings(settings, **changes)
         steps = ddim_steps(self.bundle.schedule, chosen.steps or 0, chosen.eta)
-        constants = self._constants(subject, subject.head if head is None else head, chosen)
-        recipe = self._recipe(chosen)
+        drawn = subject.head if head is None else head
+        constants, recipe = self._constants(subject, drawn, chosen), self._recipe(drawn, chosen)
         noises = self._noises(chosen.seed, steps)
         latent = next(noises)
         for index, (step, noise) in enumerate(zip(steps, noises, strict=True)):
@@ -135,6 +149,7 @@ class Pipeline:
             value = getattr(chosen, name)
             if not low <= value <= high:  # also refuses NaN
                 raise BadInput(f"{name} is {value}, expected {low} to {high}")
+        timesteps(chosen.steps or 0, schedule.train_steps)  # refuses what cannot be laid out
         return chosen
 
     def decode(self, latent: Float32[np.ndarray, "1 c h w"], decoder: str) -> UInt8[np.ndarray, "H W 3"]:
@@ -177,6 +192,7 @@ class Pipeline:
         for draw in range(1 + len(steps)):
             yield cuda_normal(seed, shape, offset=draw)
 
-    def _recipe(self, settings: Settings) -> dict[str, object]:
-        return {**dataclasses.asdict(settings), "backend": self.backend, "bundle": self.bundle.manifest.name,
-                "bundle_sha256": self.bundle.digest, "made_with": f"caphuman-edge {version('caphuman-edge')}"}
+    def _recipe(self, head: HeadCode, settings: Settings) -> dict[str, object]:
+        return {**dataclasses.asdict(settings), "head": head.numbers(), "backend": self.backend,
+                "bundle": self.bundle.manifest.name, "bundle_sha256": self.bundle.digest,
+                "made_with": f"caphuman-edge {version('caphuman-edge')}"}

@@ -10,12 +10,14 @@ from jaxtyping import Float32, Int64
 
 from .errors import BadInput
 
+SCHEDULES = ("ddim",)  # the samplers that there are
+
 
 @dataclass(frozen=True)
 class Schedule:
     """A model's noise schedule, and the sampling defaults it was trained for. The defaults are SD-1.5's."""
 
-    kind: str = "ddim"
+    kind: str = "ddim"  # one of SCHEDULES
     steps: int = 20
     guidance: float = 7.0
     beta_start: float = 0.00085

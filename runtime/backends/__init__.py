@@ -60,10 +60,14 @@ class Backend(Protocol):
 
 
 def open_backend(name: str) -> Backend:
-    """The backend of that name, imported now. Raises BadInput for an unknown name, MissingExtra if not installed."""
+    """The backend of that name, imported now. Raises BadInput for an unknown name or a runtime that does not load."""
     if name not in BACKENDS:
         raise BadInput(f"backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
+    try:
+        return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
+    except ImportError as error:  # missing, or installed without a library that it needs
+        raise BadInput(f"backend {name} cannot be loaded ({(str(error).splitlines() or ['no reason given'])[0]}); "
+                       "'caphuman doctor' names what is missing and how to install it") from error
 
 
 def check_arrays(graph: str, specs: Iterable[TensorSpec], arrays: Mapping[str, np.ndarray]) -> None:

@@ -30,7 +30,7 @@ def load(
     """
     if device != "cpu" or precision not in (None, "f32"):
         raise BadInput(f"backend ort runs on cpu in a graph's own precision, not on {device} in {precision}; "
-                       "leave --device and --precision out")
+                       "leave device and precision out")
     if threads is not None and threads < 1:
         raise BadInput(f"threads is {threads}, expected 1 or more; leave it out to use every core")
     try:

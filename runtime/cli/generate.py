@@ -1,18 +1,21 @@
 """`caphuman generate`: a portrait of the person in a photo, with the head and the prompt that are asked for."""
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from ..errors import BadInput
 from ..head import HeadCode
 from ..image import save_png
 from ..perceive import Subject
 from ..pipeline import Pipeline, Portrait, Settings
+from ..schedule import SCHEDULES
 from ..sheet import Tile, contact_sheet, map_tiles
 from . import head as heads
-from .output import check_writable, make_folder, portrait_files
+from .output import check_apart, check_writable, make_folder, portrait_files
 from .progress import shown
 from .report import add_json_flag, show
 from .values import png, whole
@@ -31,20 +34,14 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check all that can be checked at once, then look at the photos, then draw."""
     files = portrait_files(args.out, args.count)
-    check_writable([*files, args.sheet] if args.sheet else files)
+    results = [*files, args.sheet] if args.sheet else files
+    check_apart(results, heads.photo_files(args))
+    check_writable(results)
     photos = heads.load_photos(args)
-    pipe = heads.open_pipeline(args.bundle, args.backend, args.threads, args.renderer)
-    seeds = chosen_settings(pipe, args)
-    heads.check_controls(pipe, args)
-    subject, head = heads.find_subject(pipe, *photos, args)
-    portraits = []
-    for file, settings in zip(files, seeds, strict=True):
-        portraits.append(draw(pipe, subject, head, settings, file.name, heads.recipe(args, head)))
-        make_folder(file.parent)
-        portraits[-1].save(file)
-    if args.sheet:
-        make_folder(args.sheet.parent)
-        save_png(args.sheet, sheet(pipe, subject, head, portraits))
+    with heads.open_pipeline(args.bundle, args.backend, args.threads, args.renderer) as pipe:
+        seeds = chosen_settings(pipe, args)
+        heads.check_controls(pipe, args)
+        portraits = draw_all(pipe, *heads.find_subject(pipe, *photos, args), dict(zip(files, seeds, strict=True)), args)
     made = [{"file": str(file), "recipe": portrait.recipe} for file, portrait in zip(files, portraits, strict=True)]
     show({"portraits": made}, args.json, lambda report: "\n".join(portrait["file"] for portrait in report["portraits"]))
     return 0
@@ -52,15 +49,32 @@ def run(args: argparse.Namespace) -> int:
 
 def chosen_settings(pipe: Pipeline, args: argparse.Namespace) -> list[Settings]:
     """One a portrait, with seeds that count up; raises BadInput for any that is out of range."""
+    kind = pipe.bundle.schedule.kind
+    if args.schedule not in (None, kind):
+        raise BadInput(f"--schedule {args.schedule}, but the bundle was made for {kind}; leave --schedule out")
     first = Settings(**{field.name: vars(args)[field.name] for field in dataclasses.fields(Settings)})
     return [pipe.settings(first, seed=first.seed + k) for k in range(args.count)]
 
 
+def draw_all(pipe: Pipeline, subject: Subject, head: HeadCode, wanted: dict[Path, Settings],
+             args: argparse.Namespace) -> list[Portrait]:
+    """Draw and write a portrait for each file, then the sheet if one is asked for."""
+    portraits = []
+    for file, settings in wanted.items():
+        portraits.append(draw(pipe, subject, head, settings, file.name, heads.recipe(args, head)))
+        make_folder(file.parent)
+        portraits[-1].save(file)
+    if args.sheet:
+        make_folder(args.sheet.parent)
+        save_png(args.sheet, sheet(pipe, subject, head, portraits))
+    return portraits
+
+
 def draw(pipe: Pipeline, subject: Subject, head: HeadCode, settings: Settings, label: str,
-         head_recipe: dict[str, Any]) -> Portrait:
-    """One portrait, behind a progress bar; its recipe tells the head as well."""
+         controls: dict[str, Any]) -> Portrait:
+    """One portrait, behind a progress bar; its recipe also tells the controls that made the head."""
     *_, last = shown(pipe.generate(subject, head, settings), label)
-    return dataclasses.replace(last.image, recipe={**last.recipe, "head": head_recipe})
+    return dataclasses.replace(last.image, recipe={**last.recipe, "controls": controls})
 
 
 def sheet(pipe: Pipeline, subject: Subject, head: HeadCode, portraits: list[Portrait]) -> UInt8[np.ndarray, "h w 3"]:
@@ -74,7 +88,7 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prompt", default=unset.prompt, metavar="TEXT", help="what the portrait should show")
     group.add_argument("--negative", default=unset.negative, metavar="TEXT", help="what it should not show")
     group.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the bundle's)")
-    group.add_argument("--schedule", choices=("ddim",), default="ddim", help="sampler")
+    group.add_argument("--schedule", choices=SCHEDULES, help="sampler (default: the bundle's)")
     group.add_argument("--guidance", type=float, metavar="G",
                        help="pull of the prompt, 1 is off (default: the bundle's)")
     group.add_argument("--strength", type=float, default=unset.strength, metavar="S",

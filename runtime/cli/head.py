@@ -22,9 +22,20 @@ SLIDERS: dict[str, Any] = {"yaw": None, "pitch": None, "roll": None, "x": 0.0, "
                            "light": None}  # as they are when not set
 
 
+class StoreGiven(argparse.Action):
+    """Stores a positional only where there is one: argparse would put None over what the flag has set."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        if values is not None:
+            setattr(namespace, self.dest, values)
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags for photo, head, bundle and renderer."""
-    parser.add_argument("--photo", type=Path, required=True, metavar="FILE", help="photo of the person")
+    photo = parser.add_mutually_exclusive_group(required=True)
+    photo.add_argument("photo", nargs="?", action=StoreGiven, type=Path, help="photo of the person")
+    photo.add_argument("--photo", type=Path, metavar="FILE", help="the same, as a flag")
     parser.add_argument("--face", type=whole(1, 1000), metavar="N", help="which face in it, 1 is the largest")
     _add_head_flags(parser.add_argument_group("head", "The photo's own, changed by a second photo, then by sliders."))
     parser.set_defaults(**SLIDERS)
@@ -50,6 +61,11 @@ def check_controls(pipe: Pipeline, args: argparse.Namespace) -> None:
         raise BadInput(f"--modes {args.modes} says what to take from a pose photo; add --pose, or leave it out")
     mean = HeadCode.neutral(pipe.head_model.layout)
     slide(mix(mean, mean, _modes(args)), args)
+
+
+def photo_files(args: argparse.Namespace) -> list[Path]:
+    """The files that are read, which no result may replace."""
+    return [args.photo, args.pose] if args.pose else [args.photo]
 
 
 def load_photos(args: argparse.Namespace) -> tuple[Photo, Photo | None]:

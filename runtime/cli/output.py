@@ -1,4 +1,5 @@
 """Where results go, checked before the work that leads to them."""
+import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,6 +33,16 @@ def check_writable(files: Iterable[Path]) -> None:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise BadInput(f"cannot write to {folder} ({error.strerror or error}); choose another place") from error
+
+
+def check_apart(files: Iterable[Path], photos: Iterable[Path]) -> None:
+    """Raise BadInput where a result would be written over a photo that is read, or over another result."""
+    taken = {os.path.realpath(photo) for photo in photos}
+    for file in files:
+        place = os.path.realpath(file)
+        if place in taken:
+            raise BadInput(f"{file} is also a photo or another result of this command; choose another name for it")
+        taken.add(place)
 
 
 def make_folder(folder: Path) -> None:

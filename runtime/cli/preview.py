@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from ..image import save_png
-from ..perception import FaceBox, Perception
-from ..pipeline import PERCEPTION_GRAPHS
+from ..perception import FaceBox
 from ..sheet import boxes_tile, contact_sheet, landmarks_tile, map_pictures, map_tiles
 from . import head as heads
-from .output import check_writable, make_folder
+from .output import check_apart, check_writable, make_folder
 from .report import add_json_flag, show
 
 FILES = ("normal.png", "albedo.png", "rendered.png", "contact_sheet.png")
@@ -19,8 +18,8 @@ def add(subparsers: Any) -> None:
     parser = subparsers.add_parser("preview", help="draw a head's maps and what is seen in the photo", description=(
         f"Writes {', '.join(FILES)} to a folder, over older files of these names."))
     heads.add_flags(parser)
-    parser.add_argument("--out-dir", type=Path, required=True, metavar="DIR",
-                        help="folder to write to, made if missing")
+    parser.add_argument("--out-dir", type=Path, default=Path("preview"), metavar="DIR",
+                        help="folder to write to, made if missing (default: preview)")
     add_json_flag(parser)
     parser.set_defaults(run=run)
 
@@ -28,13 +27,13 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Look at the photo, draw the maps, write them."""
     files = [args.out_dir / name for name in FILES]
+    check_apart(files, heads.photo_files(args))
     check_writable(files)
     photo, pose = heads.load_photos(args)
-    pipe = heads.open_pipeline(args.bundle, args.backend, args.threads, args.renderer)
-    heads.check_controls(pipe, args)
-    subject, head = heads.find_subject(pipe, photo, pose, args)
-    boxes = Perception(*map(pipe.graph, PERCEPTION_GRAPHS)).detect(photo)
-    maps = pipe.maps(head)
+    with heads.open_pipeline(args.bundle, args.backend, args.threads, args.renderer) as pipe:
+        heads.check_controls(pipe, args)
+        subject, head = heads.find_subject(pipe, photo, pose, args)
+        boxes, maps = pipe.see.detect(photo), pipe.maps(head)
     sheet = contact_sheet([boxes_tile(photo, boxes), landmarks_tile(subject.photo, subject.face), *map_tiles(maps)])
     make_folder(args.out_dir)
     for file, pixels in zip(files, (*map_pictures(maps).values(), sheet), strict=True):

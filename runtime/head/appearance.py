@@ -11,12 +11,11 @@ from jaxtyping import Float32, Int32, UInt8
 from caphuman_edge.runtime.head.code import HeadCode, project
 from caphuman_edge.runtime.head.light import directional_light, shading_basis
 from caphuman_edge.runtime.head.model import HeadModel
+from caphuman_edge.runtime.perception.landmarks import FACE_OVAL
 from caphuman_edge.runtime.render.maps import Mesh
 from caphuman_edge.runtime.render.numpy_raster import rasterize, sample_texture, texture_grid
 
 Samples = Float32[np.ndarray, "n 3"]
-FACE_OVAL = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176,
-             149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109)  # landmarks around the face
 ROUNDS = 4
 NOISE = 0.6  # of a pixel's colour; large, as neighbours err together
 OUTLIER = 0.1  # a pixel that is off by this counts half: hair, glasses, cast shadows
@@ -61,7 +60,7 @@ def _faces_of_the_face(model: HeadModel) -> Int32[np.ndarray, "n"]:
     screen = project(vertices, code)
     mesh = Mesh(screen, model.normals(vertices), model.faces, model.face_uv, model.texture_mean, code.light)
     seen = np.unique(rasterize(mesh, SEEN_FROM_THE_FRONT, SEEN_FROM_THE_FRONT).face)
-    oval = model.landmarks(screen)[list(FACE_OVAL), :2]
+    oval = model.landmarks(screen)[FACE_OVAL, :2]
     return np.asarray(seen[_inside(screen[model.faces[seen], :2].mean(axis=1), oval)], np.int32)
 
 

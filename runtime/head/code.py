@@ -4,7 +4,8 @@ Axes of the head: x right, y up, z to the viewer, metres. Axes of the frame: x r
 and height. +yaw turns the nose to image right, +pitch up, +roll clockwise as seen; R = Rz Rx Ry.
 """
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -64,6 +65,11 @@ class HeadCode:
         camera = np.array([NEUTRAL_SCALE, -layout.centre[0], -layout.centre[1]])
         return cls(layout, np.zeros(layout.identity_count), np.zeros(len(layout.expression_names)),
                    np.zeros(layout.texture_count), np.zeros(6), camera, directional_light(0.0, 30.0))
+
+    def numbers(self) -> dict[str, list[Any]]:
+        """Every array as nested lists, rounded to 6 digits, for JSON; all of the code but its layout."""
+        arrays = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "layout"}
+        return {name: np.round(array.astype(np.float64), 6).tolist() for name, array in arrays.items()}
 
     @property
     def rotation(self) -> Float32[np.ndarray, "3 3"]:

@@ -14,6 +14,7 @@ from caphuman_edge.runtime.head.code import HeadCode
 from caphuman_edge.runtime.head.model import HeadModel
 from caphuman_edge.runtime.head.skinning import axis_angle, rotation_matrices
 from caphuman_edge.runtime.perception.landmarks import BLENDSHAPES
+from caphuman_edge.runtime.perception.landmarks import FACE_OVAL as FACE_OVAL  # export takes it from here
 
 Points = Float64[np.ndarray, "n 3"]
 Vector = Float64[np.ndarray, "p"]
@@ -35,8 +36,6 @@ FEATURES = [
     312, 311, 310, 415, 308, 95, 88, 178, 87, 14, 317, 402, 318, 324, 33, 7, 163, 144, 145, 153, 154, 155, 133, 173,
     157, 158, 159, 160, 161, 246, 263, 249, 390, 373, 374, 380, 381, 382, 362, 398, 384, 385, 386, 387, 388, 466,
     *range(468, 478)]
-FACE_OVAL = [10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176,
-             149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109]
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,12 +154,6 @@ class HeadFitter:
         shift = estimate.shift / estimate.scale + estimate.rotation @ root - root
         pose = np.concatenate([axis_angle(estimate.rotation), np.zeros(3)])
         return replace(code, pose=pose, camera=np.array([estimate.scale, *shift[:2]]))
-
-
-def fit_head(model: HeadModel, points: Float[np.ndarray, "478 3"], blendshapes: Float[np.ndarray, "52"],
-             rotation: Float[np.ndarray, "3 3"], image: UInt8[np.ndarray, "h w 3"]) -> HeadCode:
-    """The head in one photo; for many photos keep a HeadFitter."""
-    return HeadFitter(model).fit(points, blendshapes, rotation, image)
 
 
 def _turning(points: Points) -> Float64[np.ndarray, "n 3 3"]:

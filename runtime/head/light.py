@@ -2,7 +2,7 @@
 import numpy as np
 from jaxtyping import Float, Float32
 
-from caphuman_edge.runtime.render.maps import SH_FACTORS
+from caphuman_edge.runtime.render.maps import SH_FACTORS, harmonics
 
 # Expansion of max(0, cos) in Legendre polynomials: 1/4, 1/2 cos, 5/32 (3 cos^2 - 1) (Ramamoorthi and Hanrahan 2001)
 CONSTANT, LINEAR, QUADRATIC = 1 / 4, 1 / 2, 5 / 32
@@ -26,6 +26,4 @@ def directional_light(azimuth: float, elevation: float, strength: float = 0.6, a
 
 def shading_basis(normals: Float[np.ndarray, "n 3"]) -> Float32[np.ndarray, "n 9"]:
     """What each coefficient of the light adds to the shading of surfaces with these normals."""
-    x, y, z = normals.T
-    terms = np.stack([np.ones_like(x), x, y, z, x * y, x * z, y * z, x * x - y * y, 3 * z * z - 1], axis=1)
-    return np.asarray(terms * SH_FACTORS, np.float32)
+    return np.asarray(harmonics(normals) * SH_FACTORS, np.float32)

@@ -29,7 +29,7 @@ def load_head(path: Path = OPEN_HEAD) -> HeadModel:
         with np.load(path, allow_pickle=False) as archive:
             return head_from_arrays({name: archive[name] for name in archive.files})
     except (OSError, ValueError, BadZipFile, EOFError) as error:
-        raise BundleError(f"{path} is no head model ({error}); 'caphuman head list' names those at hand") from error
+        raise BundleError(f"{path} is no head model ({error}); use the head that comes with the package") from error
 
 
 def head_from_arrays(arrays: Mapping[str, np.ndarray]) -> HeadModel:
@@ -41,8 +41,8 @@ def head_from_arrays(arrays: Mapping[str, np.ndarray]) -> HeadModel:
     """
     missing = [name for name in AXES if name not in arrays and name not in OPTIONAL]
     if missing or not ({"texture_basis"} <= set(arrays) or {"texture_masks", "texture_colours"} <= set(arrays)):
-        raise BundleError(f"the head model lacks {', '.join(missing or sorted(OPTIONAL))}; convert it again with "
-                          "'caphuman head add'")
+        raise BundleError(f"the head model lacks {', '.join(missing or sorted(OPTIONAL))}; convert it again "
+                          "with all of them")
     scaled = {name: _scaled(arrays, name) for name in AXES if name in arrays}
     _check(scaled, _sizes(scaled))
     return _build(scaled)

@@ -20,6 +20,7 @@ INSIDE = 0.6  # a box that lies this much inside a better one is part of that fa
 WHOLE_SCORE = 0.5
 WINDOW_SCORE = 0.7  # windows give the detector many more chances to be wrong
 SMALLEST_WINDOW = 128  # px; a face in a smaller one is too small to measure
+FINEST_SEARCH = 16  # of the longer edge; finer windows of a huge photo would be thousands
 COMPARABLE = 0.6  # faces of this share of the largest one's area could equally be meant
 
 
@@ -118,7 +119,7 @@ def _searches(width: int, height: int) -> Iterator[tuple[list[Window], float]]:
     for side in (whole, 2 * whole):
         yield [Window((width - side) / 2, (height - side) / 2, side)], WHOLE_SCORE
     side = whole / 2
-    while side >= SMALLEST_WINDOW:
+    while side >= max(SMALLEST_WINDOW, whole / FINEST_SEARCH):
         yield [Window(x, y, side) for y in _starts(height, side) for x in _starts(width, side)], WINDOW_SCORE
         side /= 2
 

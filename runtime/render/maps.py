@@ -6,7 +6,7 @@ can be fed to a CapFace that was trained on those.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Float, Float32, Int, Int32
 
 DEPTH_OFFSET = np.float32(10)  # added to z before the depth test; what is then still negative is not drawn
 AREA_EPSILON = np.float32(1e-8)  # in the barycentric denominators; faces of no larger area are skipped
@@ -43,6 +43,12 @@ class Mesh:
     face_uv: Float32[np.ndarray, "faces 3 2"]
     texture: Float32[np.ndarray, "size size 3"]
     light: Float32[np.ndarray, "9 3"]
+
+
+def harmonics(normals: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 9"]:
+    """The nine spherical harmonics without their factors: 1, x, y, z, xy, xz, yz, x2-y2, 3z2-1."""
+    x, y, z = normals.T
+    return np.stack([np.ones_like(x), x, y, z, x * y, x * z, y * z, x * x - y * y, 3 * z * z - 1], axis=1)
 
 
 def drawable_faces(

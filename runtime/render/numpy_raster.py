@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
-from .maps import AREA_EPSILON, DEPTH_OFFSET, SH_FACTORS, Mesh, drawable_faces
+from .maps import AREA_EPSILON, DEPTH_OFFSET, SH_FACTORS, Mesh, drawable_faces, harmonics
 
 Indices = Int[np.ndarray, " n"]
 Scalars = Float32[np.ndarray, " n"]
@@ -94,9 +94,7 @@ def sample_texture(
 
 def shade(normal: Float32[np.ndarray, "n 3"], light: Float32[np.ndarray, "9 3"]) -> Float32[np.ndarray, "n 3"]:
     """Diffuse light on surfaces of these normals, which need not be of unit length."""
-    x, y, z = normal.T
-    basis = np.stack([np.ones_like(x), x, y, z, x * y, x * z, y * z, x * x - y * y, 3 * z * z - 1], axis=1)
-    irradiance: Float32[np.ndarray, "n 3"] = basis @ (SH_FACTORS[:, None] * light)
+    irradiance: Float32[np.ndarray, "n 3"] = harmonics(normal) @ (SH_FACTORS[:, None] * light)
     return irradiance
 
 

@@ -1,6 +1,7 @@
 """ONNX Runtime as a backend: arrays in, arrays out, and one line for whatever does not fit."""
 import dataclasses
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,14 @@ def test_limited_threads_give_the_same_result(tmp_path, product):
 def test_an_unknown_backend_lists_the_known_ones():
     with pytest.raises(BadInput, match="backend 'tpu' is unknown; choose one of .*ort"):
         open_backend("tpu")
+
+
+def test_a_runtime_that_cannot_be_imported_is_one_line(monkeypatch):
+    monkeypatch.delitem(sys.modules, "caphuman_edge.runtime.backends.ort", raising=False)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # makes the import fail
+    with pytest.raises(BadInput) as caught:
+        open_backend("ort")
+    one_line(caught.value, "backend ort cannot be loaded", "onnxruntime", "caphuman doctor")
 
 
 @pytest.fixture

@@ -2,14 +2,17 @@
 import contextlib
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from caphuman_edge.runtime.bundle import Bundle
 from caphuman_edge.runtime.cli import main
 from caphuman_edge.runtime.pipeline import Pipeline
+from caphuman_edge.runtime.schedule import Schedule
 
 QUICK = "--steps", 1, "--renderer", "numpy", "--out", "out.png"
 
@@ -151,9 +154,37 @@ def test_a_prompt_of_too_many_tokens_is_cut_with_a_warning(caphuman, photo):
     assert done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("argv", [(), ("paint",), ("generate",), ("preview", "--photo", "x.png")])
+@pytest.mark.parametrize("argv", [(), ("paint",), ("generate",), ("preview", "x.png", "--photo", "x.png")])
 def test_a_wrong_call_is_one_line_that_points_to_the_help(refusal, argv):
     assert "--help" in refusal(*argv)
+
+
+def test_a_bad_number_of_steps_is_refused_before_anybody_looks_at_the_photo(generate_refused, photo, monkeypatch):
+    monkeypatch.setattr(Pipeline, "perceive", lambda *_: pytest.fail("the photo was measured"))
+    assert "300 steps" in generate_refused(photo, "--steps", 300)
+
+
+@pytest.mark.parametrize("flags", [
+    ("--sheet", "out.png"), ("--sheet", "../here/out.png"), ("--out", "photo.png"), ("--sheet", "pose.png"),
+    ("--count", 2, "--sheet", "out-2.png"),
+])
+def test_a_result_never_replaces_a_photo_or_another_result(refusal, photo, folder, monkeypatch, flags):
+    for name in ("photo.png", "pose.png"):
+        shutil.copy(photo, folder / name)
+    monkeypatch.setattr(Pipeline, "__init__", lambda *_: pytest.fail("the work began"))
+    message = refusal("generate", "photo.png", "--pose", "pose.png", *QUICK, *flags)
+    assert "is also a photo or another result" in message
+
+
+def test_a_preview_never_replaces_its_photo(refusal, photo, folder):
+    shutil.copy(photo, folder / "albedo.png")
+    assert "albedo.png is also a photo" in refusal("preview", "albedo.png", "--out-dir", ".")
+
+
+def test_a_sampler_that_the_bundle_was_not_made_for_is_refused(generate_refused, photo, monkeypatch):
+    monkeypatch.setattr(Bundle, "schedule", Schedule(kind="lcm"))
+    message = generate_refused(photo, "--schedule", "ddim")
+    assert "--schedule ddim" in message and "made for lcm" in message
 
 
 # Bundles.

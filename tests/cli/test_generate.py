@@ -32,10 +32,12 @@ def test_the_portrait_carries_its_recipe_with_the_head(caphuman, photo, folder):
     told = recipe(folder / "me.png")
     assert (told["prompt"], told["seed"], told["steps"]) == ("a person, smiling", 7, 1)
     assert told["bundle_sha256"] == Bundle.open().digest
-    assert told["head"]["yaw"] == -30 and told["head"]["light"] == [-40, 20]
-    assert told["head"]["expression"] == {"mouthSmile": 0.7, "jawOpen": 0.2}
-    assert told["head"]["angles"][0] == pytest.approx(-30, abs=0.1)
+    assert told["controls"]["yaw"] == -30 and told["controls"]["light"] == [-40, 20]
+    assert told["controls"]["expression"] == {"mouthSmile": 0.7, "jawOpen": 0.2}
+    assert told["controls"]["angles"][0] == pytest.approx(-30, abs=0.1)
+    assert len(told["head"]["pose"]) == 6 and told["head"]["camera"][0] > 0
     with Image.open(folder / "me.png") as portrait:
+        assert len(portrait.text["caphuman"]) < 20_000
         assert portrait.text["AI-generated"] == "true"
 
 
@@ -66,6 +68,14 @@ def test_preview_writes_the_maps_and_a_contact_sheet(caphuman, photo, folder):
     assert report["head"]["angles"][0] == pytest.approx(30, abs=0.1)
     (face,) = report["faces"]
     assert 170 < face["left"] < face["right"] < 280 and 60 < face["top"] < face["bottom"] < 230  # where she is
+
+
+@pytest.mark.parametrize("order", [("{}", "--yaw", 30), ("--yaw", 30, "{}"), ("--photo", "{}", "--yaw", 30)])
+def test_preview_needs_no_more_than_a_photo_which_may_stand_anywhere(caphuman, photo, folder, order):
+    argv = [str(part).format(photo) for part in order]
+    done = caphuman("preview", *argv, "--renderer", "numpy")
+    assert done.code == 0 and "preview/rendered.png" in done.out
+    assert (folder / "preview" / "rendered.png").is_file()
 
 
 def test_preview_shows_normals_around_grey(caphuman, photo, folder):

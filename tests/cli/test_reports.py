@@ -59,6 +59,14 @@ def test_verify_refuses_a_selftest_that_does_not_fit(refusal, bundle_copy):
     assert "vae_decoder: selftest.npz expects sample" in refusal("verify", bundle_copy)
 
 
+@pytest.mark.parametrize("kept", ["vae_decoder/in/", "no graph"])
+def test_verify_refuses_a_selftest_without_outputs(refusal, bundle_copy, kept):
+    with np.load(bundle_copy / "selftest.npz") as archive:
+        arrays = {key: archive[key] for key in archive.files if key.startswith(kept)}
+    replace_selftest(bundle_copy, arrays)
+    assert "selftest.npz" in refusal("verify", bundle_copy)
+
+
 def replace_selftest(folder, arrays):
     for name in ("selftest.npz", "bundle.json"):
         (folder / name).unlink()  # links to the embedded bundle's

@@ -165,6 +165,9 @@ def test_a_component_may_be_a_folder(tmp_path):
     lambda data: data["config"]["vision"].update(patch_size=0),
     lambda data: data["schedule"].update(steps=4.5),
     lambda data: data["schedule"].update(sampler="ddim"),
+    lambda data: data["schedule"].update(kind="lcm"),
+    lambda data: data["components"]["head"].update(parity={"psnr_db": "61.5"}),
+    lambda data: data["components"]["head"].update(parity={"psnr_db": True}),
     lambda data: data.update(components=[]),
     lambda data: data["components"].update(head=None),
     lambda data: data["components"]["head"].pop("files"),
@@ -224,11 +227,29 @@ def test_a_build_that_does_not_verify_is_not_published(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_build_left_does_not_hinder_the_next(tmp_path):
-    (tmp_path / ".bundle.building" / "preview_decoder").mkdir(parents=True)
-    with new_bundle(tmp_path / "bundle") as scratch:
-        write(scratch)
+def test_two_builds_of_one_bundle_do_not_touch_each_other(tmp_path):
+    with new_bundle(tmp_path / "bundle", overwrite=True) as first:
+        write(first)
+        with new_bundle(tmp_path / "bundle", overwrite=True) as second:
+            write(second)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_bundle_may_be_read_by_those_who_may_read_the_folder_beside_it(folder, tmp_path):
+    (tmp_path / "beside").mkdir()
+    assert folder.stat().st_mode == (tmp_path / "beside").stat().st_mode
+
+
+def test_a_bundle_that_a_killed_build_had_moved_away_is_put_back(folder, tmp_path):
+    folder.rename(tmp_path / ".bundle.old")
+    with pytest.raises(BundleError, match="exists"), new_bundle(folder):
+        pytest.fail("the build began")
+    assert Bundle.open(folder) and not (tmp_path / ".bundle.old").exists()
+
+
+def test_an_error_of_the_builder_itself_is_not_taken_for_one_of_the_place(tmp_path):
+    with pytest.raises(FileNotFoundError), new_bundle(tmp_path / "bundle"):
+        (tmp_path / "no checkpoint").read_bytes()
 
 
 def test_a_bundle_is_overwritten_only_when_asked_and_a_foreign_folder_never(folder, tmp_path):

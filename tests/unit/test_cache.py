@@ -26,6 +26,15 @@ def test_a_cache_that_cannot_be_made_names_the_variable(tmp_path, monkeypatch):
         cache_dir()
 
 
+def test_a_user_without_a_home_is_told_the_variable_and_loses_only_speed(tmp_path, monkeypatch):
+    monkeypatch.setenv("CAPHUMAN_CACHE", "~no-such-user/cache")
+    with pytest.raises(BadInput, match="set CAPHUMAN_CACHE"):
+        cache_dir()
+    (tmp_path / "weights").write_bytes(b"one")
+    with pytest.warns(UserWarning, match="hashes cannot be remembered"):
+        sha256_of([tmp_path / "weights"])
+
+
 def test_each_platform_has_its_own_place(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     monkeypatch.setenv("LOCALAPPDATA", "/appdata")

@@ -106,6 +106,23 @@ def test_a_saved_portrait_carries_its_recipe(pipe, subject, tmp_path):
     recipe = json.loads(text["caphuman"])
     assert (recipe["seed"], recipe["prompt"], recipe["bundle_sha256"]) == (9, "smiling", pipe.bundle.digest)
     assert text["AI-generated"] == "true"
+    assert len(text["caphuman"]) < 20_000
+
+
+def test_the_recipe_holds_the_head_that_was_drawn(pipe, subject):
+    turned = subject.head.posed(yaw=30.0)
+    told = draw(pipe, subject, head=turned, steps=1)[-1].recipe["head"]
+    again = HeadCode(turned.layout, **{name: np.array(numbers) for name, numbers in told.items()})
+    assert again.angles == pytest.approx((30, 0, 0), abs=1e-3)
+    np.testing.assert_allclose(again.light, turned.light, atol=1e-6)
+
+
+def test_leaving_the_pipeline_frees_its_renderer(monkeypatch):
+    closed = []
+    with Pipeline(Bundle.open(), renderer="numpy") as pipe:
+        monkeypatch.setattr(type(pipe.renderer), "close", lambda self: closed.append(self))
+        assert not closed
+    assert closed == [pipe.renderer]
 
 
 @pytest.mark.parametrize(("name", "value"), [("guidance", 31.0), ("guidance", float("nan")), ("strength", -0.1),
