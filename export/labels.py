@@ -16,13 +16,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
 from caphuman_edge.export.attributes import captions, measure_attributes
+from caphuman_edge.ref.autoencoder import Autoencoder
 from caphuman_edge.ref.training.weights import load_vae
 from caphuman_edge.runtime.backends import open_backend
 from caphuman_edge.runtime.cli import guarded
@@ -148,7 +149,7 @@ def _draw(fields: dict[str, np.ndarray]) -> np.ndarray:
     return condition_maps(NumpyRenderer(), head, code, NANO.height, NANO.width).astype(np.float16)
 
 
-def _encode(model: torch.nn.Module, pictures: Path, names: np.ndarray) -> np.ndarray:
+def _encode(model: Autoencoder, pictures: Path, names: np.ndarray) -> np.ndarray:
     images = np.stack([np.asarray(Image.open(pictures / f"{name}.jpg")) for name in names])
     with torch.no_grad():
         means, _ = model.moments(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
@@ -170,8 +171,8 @@ def _similarity(labels: Measured, mates: list[Measured]) -> float:
 
 
 def _write_labels(path: Path, measured: list[Measured]) -> None:
-    codes = {f"code_{field}": np.stack([getattr(labels.code, field) for labels in measured]).astype(np.float16)
-             for field in CODE_FIELDS}
+    codes: dict[str, Any] = {f"code_{field}": np.stack([getattr(labels.code, field) for labels in measured])
+                             .astype(np.float16) for field in CODE_FIELDS}
     np.savez_compressed(
         path, names=np.array([labels.name for labels in measured]), **codes,
         identities=np.stack([labels.identity for labels in measured]).astype(np.float16),

@@ -61,11 +61,12 @@ def main() -> int:
 
 def fit_preview(model: CapHuman, labels: Path) -> PreviewDecoder:
     """Least-squares colours of a latent cell, over latents of the labels and what the autoencoder makes of them."""
+    cell = model.config.vae.downscale
     with np.load(labels / "latents.npz") as stored:
         latents = torch.from_numpy(stored["latents"][::100].astype(np.float32) * stored["step"])
     with torch.no_grad():
-        colours = torch.cat([F.avg_pool2d(model.first_stage_model.decode(chunk), model.config.vae.downscale)
-                             for chunk in latents.split(8)])
+        colours = torch.cat([F.avg_pool2d(model.first_stage_model.decode(latents[first:first + 8]), cell)
+                             for first in range(0, len(latents), 8)])
     cells = latents.permute(0, 2, 3, 1).flatten(0, 2)
     inputs = torch.cat([cells, torch.ones(len(cells), 1)], dim=1)
     solution = torch.linalg.lstsq(inputs, colours.permute(0, 2, 3, 1).flatten(0, 2)).solution.T  # (3, channels + 1)

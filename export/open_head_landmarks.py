@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, UInt8
 
 from caphuman_edge.runtime.head.code import HeadCode, project
-from caphuman_edge.runtime.head.fit import FACE_OVAL
 from caphuman_edge.runtime.head.light import directional_light
 from caphuman_edge.runtime.head.model import HeadModel
+from caphuman_edge.runtime.perception.landmarks import FACE_OVAL
 from caphuman_edge.runtime.perception.rotation import canonical_face
 from caphuman_edge.runtime.render.maps import Mesh
 from caphuman_edge.runtime.render.numpy_raster import rasterize, render_maps

@@ -3,12 +3,13 @@
 A script of its own, without imports from this package, because that Python has nothing else of ours.
 """
 import sys
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 
-def run(model: str, array: np.ndarray) -> dict[str, np.ndarray]:
+def run(model: str, array: np.ndarray) -> dict[str, Any]:
     """Outputs by the network's own names."""
     interpreter = tf.lite.Interpreter(model_path=model)
     interpreter.allocate_tensors()

@@ -13,8 +13,7 @@ from caphuman_edge.runtime.head.appearance import Appearance
 from caphuman_edge.runtime.head.code import HeadCode
 from caphuman_edge.runtime.head.model import HeadModel
 from caphuman_edge.runtime.head.skinning import axis_angle, rotation_matrices
-from caphuman_edge.runtime.perception.landmarks import BLENDSHAPES
-from caphuman_edge.runtime.perception.landmarks import FACE_OVAL as FACE_OVAL  # export takes it from here
+from caphuman_edge.runtime.perception.landmarks import BLENDSHAPES, FACE_OVAL
 
 Points = Float64[np.ndarray, "n 3"]
 Vector = Float64[np.ndarray, "p"]
