@@ -54,8 +54,8 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel):
 
 
 def _shipped(file: Path) -> bool:
-    """Notes for developers stay behind; what lies among the data, licences say, does not."""
-    return "__pycache__" not in file.parts and (file.suffix != ".md" or "data" in file.parts)
+    """Notes and training weights for developers stay behind; what lies among the data, licences say, does not."""
+    return not {"__pycache__", "milestone"} & set(file.parts) and (file.suffix != ".md" or "data" in file.parts)
 
 
 def test_the_wheel_is_small_enough_to_publish(wheel):
