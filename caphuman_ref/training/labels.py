@@ -52,6 +52,11 @@ class Labels:
         self.maps = np.load(folder / "maps.npy", mmap_mode="r")
         self.others = _others_of_same_identity(self.names)
 
+    @property
+    def words(self) -> Tensor:
+        """The token ids that occur in captions, start and end included."""
+        return torch.from_numpy(np.unique(np.concatenate([self.captions.ravel(), self.empty_caption])))
+
     def __len__(self) -> int:
         return len(self.names)
 

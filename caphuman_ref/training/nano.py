@@ -46,7 +46,7 @@ def main() -> None:
     plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=options.learning_rate,
                 decay_steps=options.decay_steps)
     torch.manual_seed(plan.seed)
-    trainer = Trainer(config, device, options.compile)
+    trainer = Trainer(config, labels.words, device, options.compile)
     run = Run(options.out, trainer.model, plan, {"config": config.to_json()})
     if options.start_from:
         run.start_from(options.start_from)
@@ -58,10 +58,10 @@ def main() -> None:
 class Trainer:
     """The trainable model and its loss on one batch."""
 
-    def __init__(self, config: Config, device: torch.device, compiled: bool):
+    def __init__(self, config: Config, words: Tensor, device: torch.device, compiled: bool):
+        """`words`: the token ids that captions use."""
         self.model = CapHuman(config, autoencoder=False, mask_bias=MASK_BIAS)
-        # words that no caption uses stay zero: neutral to the model, and free to store
-        nn.init.zeros_(self.model.text_encoder.text_model.embeddings.token_embedding.weight)
+        _start_vocabulary(self.model.text_encoder.text_model.embeddings.token_embedding.weight.data, words)
         # an identity vector has unit length: without this its one token would whisper among the image tokens
         self.model.id_linear.weight.data *= config.identity_width**0.5
         self.model.to(device, memory_format=torch.channels_last)
@@ -92,6 +92,16 @@ class Trainer:
         face = FaceCondition(tokens * kept, hint, gates)
         text = model.text_encoder(batch.captions)
         return model(noisy, timestep, text, [face]), logit
+
+
+def _start_vocabulary(table: Tensor, words: Tensor) -> None:
+    """Words that no caption uses are zero for good: neutral to the model, and free to store.
+
+    The others start at unit variance. CLIP's 0.02 drowns in what attention and feed-forward layers add at their own
+    initial scale, and a model this small then takes very long to tell one prompt from another.
+    """
+    nn.init.zeros_(table)
+    table[words] = torch.randn(len(words), table.shape[1])
 
 
 if __name__ == "__main__":

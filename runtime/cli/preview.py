@@ -51,4 +51,6 @@ def _box(box: FaceBox) -> dict[str, int | float]:
 
 def _text(report: dict[str, Any]) -> str:
     yaw, pitch, roll = report["head"]["angles"]
-    return "\n".join([*report["files"], f"{len(report['faces'])} faces; yaw {yaw}, pitch {pitch}, roll {roll} degrees"])
+    count = len(report["faces"])
+    faces = "1 face" if count == 1 else f"{count} faces"
+    return "\n".join([*report["files"], f"{faces}; yaw {yaw}, pitch {pitch}, roll {roll} degrees"])
