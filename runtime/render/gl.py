@@ -31,7 +31,7 @@ class GlRenderer:
 
     def __init__(self) -> None:
         """Open a context and compile the shaders; raises MissingExtra or RenderError where that cannot be done."""
-        self._process = os.getpid()
+        self._process, self._closed = os.getpid(), False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="caphuman-gl")
         try:
             self._pass = self._thread.submit(_open_pass).result()
@@ -42,14 +42,18 @@ class GlRenderer:
 
     def render_maps(self, mesh: Mesh, height: int, width: int) -> Float32[np.ndarray, "9 height width"]:
         """See `numpy_raster.render_maps`. A forked child's copy raises RenderError: threads do not survive a fork."""
+        if self._closed:
+            raise RenderError("this GL renderer is closed; open another one")
         if os.getpid() != self._process:
             raise RenderError("this GL renderer belongs to the parent process; open one in each worker, or use numpy")
         return self._thread.submit(self._pass.draw, mesh, height, width).result()
 
     def close(self) -> None:
-        """Free the context and end its thread."""
-        self._thread.submit(self._pass.context.release)
-        self._thread.shutdown()
+        """Free the context and end its thread; closing again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._thread.submit(self._pass.context.release)
+            self._thread.shutdown()
 
 
 class MapPass:

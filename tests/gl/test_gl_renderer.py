@@ -91,3 +91,11 @@ def test_a_library_that_is_not_there_is_an_error_and_no_crash(monkeypatch):
     monkeypatch.setenv("GLCONTEXT_LINUX_LIBEGL", "libnowhere.so")
     with pytest.raises(RenderError, match=r"libnowhere\.so.*apt-get install"):
         open_renderer("gl")
+
+
+def test_a_closed_renderer_closes_again_and_says_why_it_draws_no_more(renderer, ball):
+    other = GlRenderer()
+    other.close()
+    other.close()
+    with pytest.raises(RenderError, match="is closed; open another one"):
+        other.render_maps(ball, 64, 64)
