@@ -31,7 +31,7 @@ def main() -> None:
 
 def sizes() -> dict[str, float]:
     """Megabytes on disk of the package without its embedded bundle, of the bundle, and of each thing it requires."""
-    files = [Path(str(path.locate())) for path in distribution("caphuman-edge").files or ()]
+    files = _files("caphuman-edge")
     bundle = [path for path in files if "nano" in path.parts]
     needed = {name: _megabytes(_files(name)) for name in sorted(_requirements("caphuman-edge"))}
     own = {"caphuman-edge": _megabytes(set(files) - set(bundle)), "embedded bundle": _megabytes(bundle)}

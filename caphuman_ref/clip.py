@@ -10,10 +10,8 @@ from jaxtyping import Float, Float32, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from caphuman_edge.runtime.contract import TEXT_TOKENS, TextConfig, VisionConfig
+from caphuman_edge.runtime.contract import IMAGE_MEAN, IMAGE_STD, TEXT_TOKENS, TextConfig, VisionConfig
 
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB, of pixels in 0..1
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 EMBEDDING_STD = 0.02
 
 

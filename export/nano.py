@@ -3,7 +3,6 @@
     python -m caphuman_edge.export.nano --weights RUN --vae RUN --labels DIR --perception DIR --out runtime/data/nano
 """
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from caphuman_edge.export.builder import Sources, build
 from caphuman_edge.export.graphs import PreviewDecoder
 from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.ref.training.weights import load_nano, read_metadata, weight_files
+from caphuman_edge.runtime.cache import sha256_of
 from caphuman_edge.runtime.cli import guarded
 from caphuman_edge.runtime.schedule import Schedule
 
@@ -51,7 +51,8 @@ def main() -> int:
     model = load_nano(options.weights, options.vae)
     facts = read_metadata(options.weights)
     folders = {"model": options.weights, "vae": options.vae}
-    hashes = {f"{part}/{path.name}": _sha256(path) for part, folder in folders.items() for path in weight_files(folder)}
+    hashes = {f"{part}/{path.name}": digest for part, folder in folders.items()
+              for path, digest in sha256_of(weight_files(folder)).items()}
     provenance = {"samples_seen": facts["samples"], "training_steps": facts["step"], "sha256": hashes}
     sources = Sources(options.perception, "nano", Schedule(steps=STEPS, guidance=GUIDANCE), provenance, LICENCES,
                       LICENCE_TEXT)
@@ -71,10 +72,6 @@ def fit_preview(model: CapHuman, labels: Path) -> PreviewDecoder:
     inputs = torch.cat([cells, torch.ones(len(cells), 1)], dim=1)
     solution = torch.linalg.lstsq(inputs, colours.permute(0, 2, 3, 1).flatten(0, 2)).solution.T  # (3, channels + 1)
     return PreviewDecoder(solution[:, :-1, None, None].contiguous(), solution[:, -1].contiguous())
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1: the image encoder's input is normalised so
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 RESIDUALS = 13  # CapFace residuals: 12 input blocks and the middle block
 PERCEPTION_GRAPHS = ("face_detector", "face_landmarks", "face_blendshapes", "id_encoder")
 HELD_OUT_SEEDS = 300  # pictures of seeds below this are for scoring, never for training

@@ -22,7 +22,7 @@ from .noise import cuda_normal
 from .perceive import Subject, measure_subject
 from .perception import Perception
 from .render import Renderer, open_renderer
-from .schedule import DdimStep, ddim_step, ddim_steps, guided, timesteps
+from .schedule import ddim_step, ddim_steps, guided, timesteps
 from .tokenizer import Tokenizer
 
 
@@ -131,11 +131,13 @@ class Pipeline:
         steps = ddim_steps(self.bundle.schedule, chosen.steps or 0, chosen.eta)
         drawn = subject.head if head is None else head
         constants, recipe = self._constants(subject, drawn, chosen), self._recipe(drawn, chosen)
-        noises = self._noises(chosen.seed, steps)
-        latent = next(noises)
-        for index, (step, noise) in enumerate(zip(steps, noises, strict=True)):
+        shape = (1, *self.bundle.config.latent_shape)
+        latent = cuda_normal(chosen.seed, shape)
+        for index, step in enumerate(steps):
             eps = self._eps(latent, step.timestep, constants, chosen)
-            latent, clean = ddim_step(latent, eps, step, noise if step.sigma else None)
+            # the official generator draws at every step; a counter-based one can leave out the draws nobody uses
+            noise = cuda_normal(chosen.seed, shape, offset=1 + index) if step.sigma else None
+            latent, clean = ddim_step(latent, eps, step, noise)
             yield Step(index, len(steps), step.timestep, clean, latent, self, recipe)
 
     def settings(self, settings: Settings | None = None, **changes: object) -> Settings:
@@ -185,12 +187,6 @@ class Pipeline:
             step["face_tokens"] = np.zeros_like(constants["face_tokens"])
         eps = self.graph("denoiser")({**constants, **step})["eps"]
         return eps if len(eps) == 1 else guided(eps[1:], eps[:1], settings.guidance or 0.0)
-
-    def _noises(self, seed: int, steps: list[DdimStep]) -> Iterator[Float32[np.ndarray, "1 c h w"]]:
-        """The initial latent, then one draw a step, from one generator as on the official tool's GPU."""
-        shape = (1, *self.bundle.config.latent_shape)
-        for draw in range(1 + len(steps)):
-            yield cuda_normal(seed, shape, offset=draw)
 
     def _recipe(self, head: HeadCode, settings: Settings) -> dict[str, object]:
         return {**dataclasses.asdict(settings), "head": head.numbers(), "backend": self.backend,

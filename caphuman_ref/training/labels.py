@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from caphuman_edge.ref.clip import IMAGE_MEAN, IMAGE_STD
-from caphuman_edge.runtime.contract import HELD_OUT_SEEDS, VaeConfig
+from caphuman_edge.runtime.contract import HELD_OUT_SEEDS, IMAGE_MEAN, IMAGE_STD, VaeConfig
 from caphuman_edge.runtime.errors import CheckpointError
 
 

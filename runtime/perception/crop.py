@@ -2,12 +2,12 @@
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 
+from caphuman_edge.runtime.contract import IMAGE_MEAN, IMAGE_STD
 from caphuman_edge.runtime.perception.landmarks import FaceLandmarks, levelled_square
 from caphuman_edge.runtime.perception.warp import apply, invert, warp
 
 HULL_MARGIN = 1.05  # crop edge over the hull's longer side: no landmark touches the border
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # RGB in 0..1
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+CLIP_MEAN, CLIP_STD = np.array(IMAGE_MEAN, np.float32), np.array(IMAGE_STD, np.float32)
 
 
 def face_crop(image: UInt8[np.ndarray, "h w 3"], landmarks: FaceLandmarks, size: int) -> Float32[np.ndarray, "3 s s"]:
