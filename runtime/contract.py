@@ -11,6 +11,8 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1: the ima
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 RESIDUALS = 13  # CapFace residuals: 12 input blocks and the middle block
 PERCEPTION_GRAPHS = ("face_detector", "face_landmarks", "face_blendshapes", "id_encoder")
+# What a bundle built from official checkpoints measures photos with besides: DECA, BiSeNet and MTCNN.
+OFFICIAL_GRAPHS = ("head_encoder", "parser", "mtcnn_pnet", "mtcnn_rnet", "mtcnn_onet")
 HELD_OUT_SEEDS = 300  # pictures of seeds below this are for scoring, never for training
 TEXT_TOKENS = 77  # CLIP's window; longer prompts use a multiple of it
 
@@ -85,6 +87,7 @@ class Config:
     height: int = 512  # px
     width: int = 512  # px
     identity_width: int = 512  # length of the face-recognition vector
+    identity_size: int = 160  # px, edge of the face that it is made from: 160 is FaceNet's, 112 SFace's
     unet: UNetConfig = UNetConfig()
     text: TextConfig = TextConfig()
     vision: VisionConfig = VisionConfig()
@@ -121,7 +124,7 @@ TINY = Config(  # the golden vectors' nets
     vae=VaeConfig(channels=32),
 )
 NANO = Config(  # the embedded miniature
-    height=256, width=256, identity_width=128,
+    height=256, width=256, identity_width=128, identity_size=112,
     unet=UNetConfig(model_channels=32, channel_mult=(1, 2, 3, 4), attention_levels=(1, 2), num_heads=2,
                     norm_groups=8, context_width=64, hint_widths=(8, 16, 32, 64)),
     text=TextConfig(width=64, layers=2, heads=4),
@@ -170,6 +173,8 @@ def _perception_graphs(config: Config) -> list[GraphSpec]:
     """Images are RGB: the detector's -1..1, the landmarks' 0..1, `face` 0..255. Scores and presence are probabilities.
 
     Points are pixels: the detector's relative to its anchors, the landmarks' in their crop, z in the same scale.
+    The official networks' images are 0..1, MTCNN's (value - 127.5) / 128; `parameters` are DECA's 236: shape 100,
+    texture 50, expression 50, pose 6, camera 3, light 27. MTCNN's probabilities are softmax, face last.
     """
     return [
         GraphSpec("face_detector", (TensorSpec("image", (1, 128, 128, 3)),),
@@ -177,8 +182,23 @@ def _perception_graphs(config: Config) -> list[GraphSpec]:
         GraphSpec("face_landmarks", (TensorSpec("image", (1, 256, 256, 3)),),
                   (TensorSpec("landmarks", (1, 478, 3)), TensorSpec("presence", (1, 1)))),
         GraphSpec("face_blendshapes", (TensorSpec("landmarks", (1, 146, 2)),), (TensorSpec("scores", (52,)),)),
-        GraphSpec("id_encoder", (TensorSpec("face", (1, 3, 112, 112)),),
+        GraphSpec("id_encoder", (TensorSpec("face", (1, 3, config.identity_size, config.identity_size)),),
                   (TensorSpec("identity", (1, config.identity_width)),)),
+        *_official_graphs(),
+    ]
+
+
+def _official_graphs() -> list[GraphSpec]:
+    box = TensorSpec("regression", ("batch", 4)), TensorSpec("probability", ("batch", 2))
+    return [
+        GraphSpec("head_encoder", (TensorSpec("image", (1, 3, 224, 224)),), (TensorSpec("parameters", (1, 236)),)),
+        GraphSpec("parser", (TensorSpec("image", (1, 3, "height", "width")),),
+                  (TensorSpec("logits", (1, 19, "height", "width")),)),
+        GraphSpec("mtcnn_pnet", (TensorSpec("image", (1, 3, "height", "width")),),
+                  (TensorSpec("regression", (1, 4, "rows", "columns")),
+                   TensorSpec("probability", (1, 2, "rows", "columns")))),
+        GraphSpec("mtcnn_rnet", (TensorSpec("image", ("batch", 3, 24, 24)),), box),
+        GraphSpec("mtcnn_onet", (TensorSpec("image", ("batch", 3, 48, 48)),), (*box, TensorSpec("points", ("batch", 10)))),
     ]
 
 

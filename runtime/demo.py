@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cli import Parser, guarded
+from .cli.controls import open_pipeline
 from .cli.generate import draw
-from .cli.head import open_pipeline
 from .cli.output import check_apart, check_writable, make_folder
 from .errors import BadImage, BadInput
 from .image import save_png

@@ -14,7 +14,7 @@ from ..perceive import Subject
 from ..pipeline import Pipeline, Portrait, Settings
 from ..schedule import SCHEDULES
 from ..sheet import Tile, contact_sheet, map_tiles
-from . import head as heads
+from . import controls
 from .output import check_apart, check_writable, make_folder, portrait_files
 from .progress import shown
 from .report import add_json_flag, show
@@ -25,7 +25,7 @@ def add(subparsers: Any) -> None:
     """Register the command."""
     parser = subparsers.add_parser("generate", help="make a portrait from a photo, a head and a prompt", description=(
         "Makes a portrait of the person in a photo. The PNG carries its recipe and says that it is AI-generated."))
-    heads.add_flags(parser)
+    controls.add_flags(parser)
     _add_settings(parser.add_argument_group("picture"))
     _add_output(parser.add_argument_group("output"))
     parser.set_defaults(run=run)
@@ -35,13 +35,13 @@ def run(args: argparse.Namespace) -> int:
     """Check all that can be checked at once, then look at the photos, then draw."""
     files = portrait_files(args.out, args.count)
     results = [*files, args.sheet] if args.sheet else files
-    check_apart(results, heads.photo_files(args))
+    check_apart(results, controls.photo_files(args))
     check_writable(results)
-    photos = heads.load_photos(args)
-    with heads.open_pipeline(args.bundle, args.backend, args.threads, args.renderer) as pipe:
+    photos = controls.load_photos(args)
+    with controls.open_pipeline(args.bundle, args.backend, args.threads, args.renderer) as pipe:
         seeds = chosen_settings(pipe, args)
-        heads.check_controls(pipe, args)
-        portraits = draw_all(pipe, *heads.find_subject(pipe, *photos, args), dict(zip(files, seeds, strict=True)), args)
+        controls.check_controls(pipe, args)
+        portraits = draw_all(pipe, *controls.find_subject(pipe, *photos, args), dict(zip(files, seeds, strict=True)), args)
     made = [{"file": str(file), "recipe": portrait.recipe} for file, portrait in zip(files, portraits, strict=True)]
     show({"portraits": made}, args.json, lambda report: "\n".join(portrait["file"] for portrait in report["portraits"]))
     return 0
@@ -61,7 +61,7 @@ def draw_all(pipe: Pipeline, subject: Subject, head: HeadCode, wanted: dict[Path
     """Draw and write a portrait for each file, then the sheet if one is asked for."""
     portraits = []
     for file, settings in wanted.items():
-        portraits.append(draw(pipe, subject, head, settings, file.name, heads.recipe(args, head)))
+        portraits.append(draw(pipe, subject, head, settings, file.name, controls.recipe(args, head)))
         make_folder(file.parent)
         portraits[-1].save(file)
     if args.sheet:
