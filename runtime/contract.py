@@ -198,7 +198,8 @@ def _official_graphs() -> list[GraphSpec]:
                   (TensorSpec("regression", (1, 4, "rows", "columns")),
                    TensorSpec("probability", (1, 2, "rows", "columns")))),
         GraphSpec("mtcnn_rnet", (TensorSpec("image", ("batch", 3, 24, 24)),), box),
-        GraphSpec("mtcnn_onet", (TensorSpec("image", ("batch", 3, 48, 48)),), (*box, TensorSpec("points", ("batch", 10)))),
+        GraphSpec("mtcnn_onet", (TensorSpec("image", ("batch", 3, 48, 48)),),
+                  (*box, TensorSpec("points", ("batch", 10)))),
     ]
 
 

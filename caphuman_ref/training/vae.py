@@ -17,6 +17,9 @@ from caphuman_edge.runtime.contract import HELD_OUT_SEEDS, NANO
 
 KL_WEIGHT = 1e-4
 SHARPNESS_WEIGHT = 1.0
+REPAINTED = 0.5  # share of crops in other colours: the pictures hold few saturated ones, prompts name them
+MOST_SATURATION = 2.5  # of the crop's own
+GREY = (0.299, 0.587, 0.114)  # luminance of RGB (ITU-R BT.601)
 
 
 def main() -> None:
@@ -27,17 +30,22 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--decay-steps", type=int, default=12_000, help="steps over which the rate falls to a tenth")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--crop", type=int, default=128, help="px; the decoder is convolutional but for its middle")
+    parser.add_argument("--start-from", type=Path, help="folder of another run's weights, for a fresh start")
     options = parser.parse_args()
-    plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=1e-3,
+    plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=options.learning_rate,
                 decay_steps=options.decay_steps)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(plan.seed)
     model = Autoencoder(NANO.vae).to(device, memory_format=torch.channels_last)
     run = Run(options.out, model, plan, {"vae": NANO.to_json()["vae"]})
+    if options.start_from:
+        run.start_from(options.start_from)
     pictures = read_pictures(options.pictures)
     rng = np.random.default_rng(plan.seed + run.step)
-    run.train(lambda step: losses(model, random_crops(pictures, plan.batch, options.crop, rng).to(device)))
+    run.train(lambda step: losses(
+        model, repainted(random_crops(pictures, plan.batch, options.crop, rng), rng).to(device)))
 
 
 def read_pictures(folder: Path) -> np.ndarray:
@@ -53,6 +61,24 @@ def random_crops(pictures: np.ndarray, batch: int, edge: int, rng: np.random.Gen
         top, left = rng.integers(pictures.shape[1] - edge + 1, size=2)
         crop[:] = pictures[index, top:top + edge, left:left + edge, :][:, ::rng.choice([-1, 1])]
     return torch.from_numpy(crops).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def repainted(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Some of the crops in other hues and saturations, in place: chroma turned and stretched about the grey axis."""
+    grey = torch.tensor(GREY).view(3, 1, 1)
+    for image in (image for image in images if rng.random() < REPAINTED):  # rows of a batch are views
+        angle, stretch = rng.uniform(-np.pi, np.pi), rng.uniform(0, MOST_SATURATION)
+        luminance = (image * grey).sum(dim=0, keepdim=True)
+        chroma = torch.einsum("ij,jhw->ihw", _turn_about_grey(angle), image - luminance)
+        image.copy_((luminance + stretch * chroma).clamp(-1, 1))
+    return images
+
+
+def _turn_about_grey(angle: float) -> Tensor:
+    """A rotation of RGB about (1, 1, 1), by Rodrigues' formula."""
+    axis = np.full(3, 3**-0.5)
+    cross = np.cross(np.eye(3), axis)
+    return torch.tensor(np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross, dtype=torch.float32)
 
 
 def losses(model: Autoencoder, image: Tensor) -> dict[str, Tensor]:

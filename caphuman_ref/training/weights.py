@@ -1,4 +1,5 @@
 """A training's weights on disk: EMA weights in float16, in shards, with what they are as metadata."""
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 from caphuman_edge.ref.autoencoder import Autoencoder
 from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.ref.checkpoints import load_strictly, prefixed, read_checkpoint
-from caphuman_edge.runtime.contract import Config, VaeConfig
+from caphuman_edge.runtime.contract import NANO, Config, VaeConfig
 from caphuman_edge.runtime.errors import CheckpointError
 
 SHARD_BYTES = 15_000_000  # so that a run can come back from machines that return small files only
@@ -31,7 +32,9 @@ def load_nano(folder: Path, vae_folder: Path) -> CapHuman:
 
     The latent scale is that of the labels it was trained on.
     """
-    model = CapHuman(Config.from_json(read_metadata(folder)["config"]))
+    config = Config.from_json(read_metadata(folder)["config"])
+    # weights of before this field lack it; every miniature reads identities from the same network
+    model = CapHuman(dataclasses.replace(config, identity_size=NANO.identity_size))
     weights = read_weights(folder) | prefixed(read_weights(vae_folder), "first_stage_model.")
     load_strictly(model, weights, f"{folder} and {vae_folder}")
     return model.eval().requires_grad_(False)

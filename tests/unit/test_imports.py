@@ -20,7 +20,8 @@ OURS = {
 }
 BASE = {"numpy", "PIL", "jaxtyping"}
 LAZY = {"runtime/backends/ort.py": {"onnxruntime"}, "runtime/backends/openvino.py": {"openvino"},
-        "runtime/backends/coreml.py": {"coremltools"}, "runtime/render/gl.py": {"moderngl"}}
+        "runtime/backends/coreml.py": {"coremltools"}, "runtime/render/gl.py": {"moderngl"},
+        "runtime/perception/insight.py": {"insightface"}}
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "coremltools", "moderngl", "scipy", "skimage", "cv2")
 
 
