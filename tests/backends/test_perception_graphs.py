@@ -1,6 +1,5 @@
 """The perception networks themselves, on a real photograph: the astronaut, upright and smiling, looks slightly down."""
 import os
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from PIL import Image
 
 from caphuman_edge.runtime.backends import ort
-from caphuman_edge.runtime.contract import NANO, graphs
+from caphuman_edge.runtime.contract import NANO, PERCEPTION_GRAPHS, graphs
 from caphuman_edge.runtime.errors import FaceError
 from caphuman_edge.runtime.perception import (
     BLENDSHAPES,
@@ -21,7 +20,7 @@ from caphuman_edge.runtime.perception import (
 
 EMBEDDED = Path(__file__).parents[2] / "runtime/data/nano"
 FOLDER = Path(os.environ.get("CAPHUMAN_PERCEPTION_DIR", EMBEDDED))
-GRAPHS = [field.name for field in fields(Perception)]
+GRAPHS = PERCEPTION_GRAPHS
 # what the original networks answer to uniform noise; written by caphuman_edge.export.perception
 EXPECTED = Path(__file__).parent / "perception_expected.npz"
 LEAST_COSINE = {"id_encoder": 0.999}  # int8 weights; the others are exact

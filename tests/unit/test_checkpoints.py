@@ -47,6 +47,15 @@ def test_a_nested_state_dict_is_unwrapped(tmp_path, linear):
     assert read_checkpoint(path).keys() == {"weight", "bias"}
 
 
+def test_files_from_before_zip_archives_are_read_as_safely(tmp_path, linear):
+    torch.save(linear.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert read_checkpoint(tmp_path / "old.pth").keys() == {"weight", "bias"}
+    torch.save({"weight": RunsCode(tmp_path / "made")}, tmp_path / "evil.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"evil\.pth"):
+        read_checkpoint(tmp_path / "evil.pth")
+    assert not (tmp_path / "made").exists()
+
+
 def test_safetensors_are_read_like_pickles(tmp_path, linear):
     save_file(linear.state_dict(), tmp_path / "a.safetensors")
     weights = read_checkpoint(tmp_path / "a.safetensors")
@@ -109,7 +118,8 @@ def test_a_refused_load_changes_nothing(linear):
     assert torch.equal(linear.weight, before)
 
 
-@pytest.mark.parametrize("leftover", ["betas", "logvar", "text_model.embeddings.position_ids", "model_ema.decay"])
+@pytest.mark.parametrize("leftover", ["betas", "logvar", "text_model.embeddings.position_ids", "model_ema.decay",
+                                      "bn1.num_batches_tracked"])
 def test_schedule_buffers_and_training_state_may_be_there(linear, leftover):
     load_strictly(linear, {"weight": torch.ones(2, 3), "bias": torch.ones(2), leftover: torch.ones(1)}, "a.pt")
     assert linear.weight.eq(1).all()
