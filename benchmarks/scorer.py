@@ -12,7 +12,7 @@ from caphuman_edge.export.assets import FACENET, write
 from caphuman_edge.export.assets import fetch as fetch_asset
 from caphuman_edge.runtime.cache import cache_dir
 from caphuman_edge.runtime.errors import BadInput, MissingExtra
-from caphuman_edge.runtime.perception import FaceLandmarks
+from caphuman_edge.runtime.perception import FaceLandmarks, InsightFace
 from caphuman_edge.runtime.perception.warp import square_to_image, warp
 
 FILE_SHA256 = FACENET.member_sha256
@@ -25,6 +25,8 @@ IRIS = 468  # landmarks from here on
 
 class Scorer:
     """Identity vectors of faces; a cosine near 0.75 is the same person's, near 0.15 two people's."""
+
+    name = FACENET.member_sha256[:12]
 
     def __init__(self, path: Path):
         """Load the network; raises MissingExtra without OpenVINO, BadInput for another file than the pinned one."""
@@ -43,6 +45,20 @@ class Scorer:
         crop = face_box_crop(image, face)
         vector = self._network((crop[None] - 127.5) / np.float32(128))[0][0]  # RGB, NHWC
         return vector / np.linalg.norm(vector)
+
+
+class ArcFace:
+    """The same by ArcFace, of a model pack of the user's that insightface runs: a second judge beside FaceNet."""
+
+    name = "arcface"
+
+    def __init__(self) -> None:
+        """Load the pack; raises MissingExtra or BadInput where package or pack is missing."""
+        self._faces = InsightFace()
+
+    def __call__(self, image: np.ndarray, face: FaceLandmarks) -> np.ndarray:
+        """(512,) unit vector of a measured face in an (h, w, 3) uint8 image."""
+        return self._faces.identity(image, face)
 
 
 def face_box_crop(image: np.ndarray, face: FaceLandmarks) -> np.ndarray:

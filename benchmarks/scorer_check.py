@@ -39,7 +39,7 @@ def embed(pipe: Pipeline, scorer: Scorer, pictures: Pictures, identities: int) -
     names, vectors = [], []
     for name in sorted(name for name in pictures.names if int(name[:5]) < identities):
         try:
-            subject = pipe.perceive(pictures.read(name), face=1, portrait=False)
+            subject = pipe.perceive(pictures.read(name), face=1, fit="squash")
         except FaceError:
             continue
         names.append(name)

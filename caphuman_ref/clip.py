@@ -1,16 +1,14 @@
-"""CLIP's text and vision encoders, and the vision encoder's preprocessing.
+"""CLIP's text and vision encoders.
 
 Parameter names equal those of Hugging Face's CLIPTextModel and CLIPVisionModel, `pre_layrnorm` included.
 Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
 """
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Int
-from PIL import Image
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from caphuman_edge.runtime.contract import IMAGE_MEAN, IMAGE_STD, TEXT_TOKENS, TextConfig, VisionConfig
+from caphuman_edge.runtime.contract import TEXT_TOKENS, TextConfig, VisionConfig
 
 EMBEDDING_STD = 0.02
 
@@ -146,15 +144,6 @@ class MLP(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.fc1(tokens)
         return self.fc2(hidden * torch.sigmoid(1.702 * hidden))
-
-
-def preprocess(image: Image.Image, size: int) -> Float32[np.ndarray, "1 3 size size"]:
-    """An RGB picture as `pixel_values`: shortest edge to `size` px (bicubic), centre crop, normalised."""
-    wide, high = (size * edge // min(image.size) for edge in image.size)
-    left, top = (wide - size) // 2, (high - size) // 2
-    square = image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    pixels = (np.asarray(square, np.float32) / 255 - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
-    return pixels.transpose(2, 0, 1)[None]
 
 
 def _embedding(count: int, width: int) -> nn.Embedding:

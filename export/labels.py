@@ -34,6 +34,7 @@ from caphuman_edge.runtime.head import HeadCode, HeadFitter, load_head
 from caphuman_edge.runtime.image import load_photo
 from caphuman_edge.runtime.perception import Perception, face_crop, face_hull, head_rotation, hull_mask, select_face
 from caphuman_edge.runtime.perception.crop import CLIP_MEAN, CLIP_STD
+from caphuman_edge.runtime.perception.detect import comparable_faces
 from caphuman_edge.runtime.render import NumpyRenderer
 from caphuman_edge.runtime.tokenizer import Tokenizer
 
@@ -96,7 +97,10 @@ def measure_picture(perception: Path, path: Path) -> Measured | None:
     """Labels of one picture, or None where its face cannot be measured."""
     see, image = _perception(perception), load_photo(path)
     try:
-        face = see.landmarks(image, select_face(see.detect(image)))
+        boxes = see.detect(image)
+        if comparable_faces(boxes) > 1:
+            return None
+        face = see.landmarks(image, select_face(boxes))
         code = _fitter().fit(face.points, face.blendshapes, head_rotation(face), image)
     except CapHumanError:
         return None
@@ -213,7 +217,7 @@ def _progress(items: Iterable[Item], count: float) -> Iterator[Item]:
 @cache
 def _perception(folder: Path) -> Perception:
     load = open_backend("ort").load
-    return Perception(*(load(folder / name / "model.onnx", threads=1) for name in PERCEPTION_GRAPHS))
+    return Perception(**{name: load(folder / name / "model.onnx", threads=1) for name in PERCEPTION_GRAPHS})
 
 
 @cache

@@ -1,10 +1,12 @@
-"""A head code as the nine condition maps that CapFace reads."""
+"""A head code as the nine condition maps that CapFace reads, and landmarks as the pose map of another control."""
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32, UInt8
 
 from .head.code import HeadCode, project
 from .head.model import HeadModel
 from .render import Mesh, Renderer
+
+DISC_RADIUS = 3  # px
 
 
 def condition_maps(
@@ -19,3 +21,20 @@ def head_mesh(model: HeadModel, code: HeadCode) -> Mesh:
     vertices = model.vertices(code)
     return Mesh(project(vertices, code), model.normals(vertices), model.faces, model.face_uv, model.texture(code),
                 code.light)
+
+
+def landmark_map(points: Float[np.ndarray, "n 2"], size: int = 512) -> UInt8[np.ndarray, "size size 3"]:
+    """The official pose map: a white disc of radius 3 px around every landmark, on black.
+
+    points: -1..1 in the frame, x right, y down. A point within 0.01 px of the left or upper border, or beyond it, is
+    left out; one beyond the others shows the part of its disc that reaches in.
+    """
+    pixels = (1 + points) / 2 * size
+    centres = pixels[(pixels > 0.01).all(axis=1)].astype(int)
+    columns, rows = np.meshgrid(*[np.arange(-DISC_RADIUS, DISC_RADIUS + 1)] * 2)
+    disc = np.stack([columns, rows], axis=-1)[columns**2 + rows**2 <= DISC_RADIUS**2]
+    covered = (centres[:, None] + disc).reshape(-1, 2)
+    x, y = covered[((covered >= 0) & (covered < size)).all(axis=1)].T
+    drawn = np.zeros((size, size, 3), np.uint8)
+    drawn[y, x] = 255
+    return drawn

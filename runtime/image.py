@@ -63,6 +63,12 @@ def save_png(path: str | Path, image: UInt8[np.ndarray, "h w 3"], metadata: Mapp
         scratch.unlink(missing_ok=True)
 
 
+def read_metadata(path: str | Path, key: str) -> str:
+    """What `save_png` wrote under this key, or ""; raises BadImage where the file is no picture."""
+    with warnings.catch_warnings(action="ignore"), _open(Path(path)) as picture:
+        return str(picture.info.get(key, ""))
+
+
 def resize(
     image: UInt8[np.ndarray, "h w 3"], height: int, width: int, how: Literal["area", "bilinear", "bicubic"] = "area",
 ) -> UInt8[np.ndarray, "H W 3"]:

@@ -14,16 +14,19 @@ from jaxtyping import Float32, UInt8
 from .backends import Arrays, Graph
 from .bundle import Bundle
 from .condition import condition_maps
-from .contract import PERCEPTION_GRAPHS, RESIDUALS
+from .contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS, RESIDUALS
 from .errors import BadInput
-from .head import HeadCode, HeadFitter, HeadModel, load_head
+from .framing import Fit
+from .head import OPEN_HEAD, DecaEncoder, HeadCode, HeadFitter, HeadModel, is_flame, load_head
 from .image import load_photo, resize, save_png
 from .noise import cuda_normal
 from .perceive import Subject, measure_subject
-from .perception import Perception
+from .perception import InsightFace, Perception
 from .render import Renderer, open_renderer
 from .schedule import ddim_step, ddim_steps, guided, timesteps
 from .tokenizer import Tokenizer
+
+HEAD_ENCODER = "head_encoder"  # DECA: of use to FLAME heads alone
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,21 @@ class Step:
 
 
 class Pipeline:
-    """A bundle ready to use; graphs load when first needed and stay loaded."""
+    """A bundle ready to use; graphs load when first needed and stay loaded.
+
+    `head` is the file of a head model to draw with in place of the bundle's; `detector` is what finds faces, "insight"
+    where the insightface extra and a model pack of the user's are there.
+    """
 
     def __init__(self, bundle: Bundle, backend: str = "ort", threads: int | None = None,
-                 renderer: Literal["auto", "gl", "numpy"] = "auto"):
+                 renderer: Literal["auto", "gl", "numpy"] = "auto", head: Path | None = None,
+                 detector: Literal["landmarker", "insight"] = "landmarker"):
         self.bundle, self.backend, self.threads = bundle, backend, threads
-        self.head_model: HeadModel = load_head(bundle.file("head")) if "head" in bundle else load_head()
+        head_file = head or (bundle.file("head") if "head" in bundle else OPEN_HEAD)
+        self.head_model: HeadModel = load_head(head_file)
         self.renderer: Renderer = open_renderer(renderer)
         self.tokenizer = Tokenizer(bundle.file("tokenizer")) if "tokenizer" in bundle else Tokenizer()
+        self._insight = InsightFace() if detector == "insight" else None
         self._graphs: dict[str, Graph] = {}
 
     def __enter__(self) -> "Pipeline":
@@ -104,18 +114,29 @@ class Pipeline:
     @cached_property
     def see(self) -> Perception:
         """What finds and measures faces."""
-        return Perception(*map(self.graph, PERCEPTION_GRAPHS))
+        names = [name for name in OFFICIAL_GRAPHS if name in self.bundle and name != HEAD_ENCODER]
+        official = {name: self.graph(name) for name in names}
+        needed = {name: self.graph(name) for name in PERCEPTION_GRAPHS}
+        return Perception(**needed, identity_size=self.bundle.config.identity_size, official=official,
+                          insight=self._insight)
 
     @cached_property
-    def fitter(self) -> HeadFitter:
-        """Fits the bundle's head to photos; raises ShapeMismatch for a head without the landmarker's points."""
+    def heads(self) -> HeadFitter | DecaEncoder:
+        """Reads heads off photos: DECA where the bundle has it and the head is FLAME's, or a fit to landmarks.
+
+        Raises ShapeMismatch for another head without the landmarker's points.
+        """
+        if is_flame(self.head_model.layout) and HEAD_ENCODER in self.bundle:
+            return DecaEncoder(self.graph(HEAD_ENCODER), self.head_model.layout)
         return HeadFitter(self.head_model)
 
     def perceive(self, photo: str | Path | UInt8[np.ndarray, "h w 3"], face: int | None = None,
-                 portrait: bool = True) -> Subject:
+                 fit: Fit = "face") -> Subject:
         """Measure the person in a photo; settings as in `perceive.measure_subject`."""
         pixels = photo if isinstance(photo, np.ndarray) else load_photo(photo)
-        return measure_subject(self.see, self.fitter, pixels, self.bundle.config.vision.image_size, face, portrait)
+        config = self.bundle.config
+        return measure_subject(self.see, self.heads, pixels, config.vision.image_size, face, fit,
+                               config.width / config.height)
 
     def maps(self, head: HeadCode) -> Float32[np.ndarray, "9 h w"]:
         """Normal, albedo and rendered maps of a head in the bundle's frame."""

@@ -1,4 +1,4 @@
-"""Contact sheets: photo, maps and portraits side by side, with labels."""
+"""Contact sheets: photo, maps and portraits side by side, with labels; and the faces found in a photo, numbered."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -6,11 +6,13 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .image import resize
 from .perception import FaceBox, FaceLandmarks
 
 EDGE = 256  # px of a tile
 LABEL_HEIGHT, GAP = 20, 6  # px
-PAPER, INK, MARK = (24, 24, 24), (230, 230, 230), (80, 255, 120)
+PAPER, INK, MARK, CHOSEN = (24, 24, 24), (230, 230, 230), (80, 255, 120), (255, 200, 0)
+OVERLAY = 0.6  # of a head drawn over a photo
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,28 +48,39 @@ def map_pictures(maps: Float32[np.ndarray, "9 h w"]) -> dict[str, UInt8[np.ndarr
     return {name: (np.clip(shade, 0, 1) * 255).round().astype(np.uint8) for name, shade in shades.items()}
 
 
-def boxes_tile(photo: UInt8[np.ndarray, "h w 3"], boxes: Sequence[FaceBox]) -> Tile:
-    """A photo with the faces found in it, numbered as --face counts them."""
-    picture, scale = _fitted(photo), _scale(photo)
+def overlay_tile(label: str, photo: UInt8[np.ndarray, "h w 3"], maps: Float32[np.ndarray, "9 H W"]) -> Tile:
+    """A drawn head over the photo it was fitted to, stretched to the maps' size."""
+    height, width = maps.shape[1:]
+    below, head = resize(photo, height, width, "bicubic").astype(np.float32), map_pictures(maps)["rendered"]
+    drawn = np.any(maps[:3], axis=0, keepdims=True).transpose(1, 2, 0)
+    return Tile(label, np.where(drawn, below + OVERLAY * (head - below), below).round().astype(np.uint8))
+
+
+def landmarks_tile(label: str, photo: UInt8[np.ndarray, "h w 3"], face: FaceLandmarks, aspect: float) -> Tile:
+    """A photo with the 478 measured points, a pixel each, stretched to a frame of this width over height."""
+    width, height = round(EDGE * min(1, aspect)), round(EDGE * min(1, 1 / aspect))
+    picture = Image.fromarray(resize(photo, height, width, "bicubic"))
+    places = face.points[:, :2] * [width / photo.shape[1], height / photo.shape[0]]
+    ImageDraw.Draw(picture).point(places.ravel().tolist(), MARK)
+    return Tile(label, np.array(picture))
+
+
+def numbered_faces(photo: UInt8[np.ndarray, "h w 3"], boxes: Sequence[FaceBox], chosen: int,
+                   edge: int = EDGE) -> UInt8[np.ndarray, "H W 3"]:
+    """A photo, scaled to `edge`, with the faces found in it, numbered from 1; the chosen one in another colour."""
+    picture, scale = _fitted(photo, edge), edge / max(photo.shape[:2])
     pen = ImageDraw.Draw(picture)
-    for number, box in enumerate(boxes, start=1):
-        corners = [scale * side for side in (box.left, box.top, box.right, box.bottom)]
-        pen.rectangle(corners, outline=MARK)
-        pen.text((corners[0] + 3, corners[1] + 1), str(number), MARK, ImageFont.load_default(14))
-    return Tile("photo", np.array(picture))
+    for number in sorted(range(1, len(boxes) + 1), key=lambda number: number == chosen):  # the chosen one on top
+        box, colour = boxes[number - 1], CHOSEN if number == chosen else MARK
+        left, top, right, bottom = (scale * side for side in (box.left, box.top, box.right, box.bottom))
+        pen.rectangle((left, top, right, bottom), outline=colour, width=max(1, edge // 400) + (number == chosen))
+        font = ImageFont.load_default(float(np.clip(0.3 * (right - left), 10, edge / 20)))
+        height = sum(font.getmetrics()) if isinstance(font, ImageFont.FreeTypeFont) else 11
+        place = left, top - height if top > height else top
+        pen.rectangle((*place, place[0] + font.getlength(f" {number} "), place[1] + height), fill=colour)
+        pen.text(place, f" {number} ", PAPER, font)
+    return np.array(picture)
 
 
-def landmarks_tile(photo: UInt8[np.ndarray, "h w 3"], face: FaceLandmarks) -> Tile:
-    """A photo with the 478 measured points, a pixel each."""
-    picture = _fitted(photo)
-    ImageDraw.Draw(picture).point((face.points[:, :2] * _scale(photo)).ravel().tolist(), MARK)
-    return Tile("landmarks", np.array(picture))
-
-
-def _fitted(pixels: UInt8[np.ndarray, "h w 3"]) -> Image.Image:
-    return ImageOps.contain(Image.fromarray(pixels), (EDGE, EDGE))
-
-
-def _scale(pixels: UInt8[np.ndarray, "h w 3"]) -> float:
-    """Tile pixels a photo pixel."""
-    return EDGE / max(pixels.shape[:2])
+def _fitted(pixels: UInt8[np.ndarray, "h w 3"], edge: int = EDGE) -> Image.Image:
+    return ImageOps.contain(Image.fromarray(pixels), (edge, edge))

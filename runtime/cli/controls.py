@@ -1,25 +1,53 @@
 """The person and the head, as `generate` and `preview` take them: flags, and what they stand for."""
 import argparse
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from ..bundle import Bundle
 from ..errors import BadInput, FaceError
-from ..head import DEFAULT_MODES, MODES, HeadCode, directional_light, mix
+from ..framing import FITS
+from ..head import DEFAULT_MODES, MODES, OPEN_HEAD, HeadCode, directional_light, mix
+from ..head.library import find_head
 from ..image import load_photo
 from ..perceive import Subject
 from ..pipeline import Pipeline
-from .values import direction, number, strength, whole
+from .number_files import head_numbers, light_coefficients
+from .values import colour, direction, number, strength, whole
 
 Photo = UInt8[np.ndarray, "_ _ 3"]  # any size: a signature may hold two
-SLIDERS: dict[str, Any] = {"yaw": None, "pitch": None, "roll": None, "x": 0.0, "y": 0.0, "scale": 1.0, "expression": [],
-                           "light": None}  # as they are when not set
+CONTROLS: dict[str, Any] = {
+    "fit": "face", "yaw": None, "pitch": None, "roll": None, "x": 0.0, "y": 0.0, "scale": 1.0, "expression": [],
+    "jaw": None, "light": None, "light_colour": None, "light_strength": None, "ambient": None,
+    "light_coefficients": None, "light_turn": 0.0, "light_gain": 1.0}  # as they are when not set
+LAMP = {"light_colour": "colour", "light_strength": "strength", "ambient": "ambient"}  # of `directional_light`
+LAMP_PLACE = (0.0, 30.0)  # azimuth and elevation where only its colour or strength is given
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """What is read: photos, and the numbers of --pose-code."""
+
+    photo: Photo
+    pose: Photo | None
+    light: Photo | None
+    pose_numbers: object | None
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What is drawn, and whom it was taken from."""
+
+    subject: Subject
+    pose: Subject | None
+    head: HeadCode
 
 
 class StoreGiven(argparse.Action):
@@ -32,57 +60,78 @@ class StoreGiven(argparse.Action):
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags for photo, head, bundle and renderer."""
-    photo = parser.add_mutually_exclusive_group(required=True)
-    photo.add_argument("photo", nargs="?", action=StoreGiven, type=Path, help="photo of the person")
-    photo.add_argument("--photo", type=Path, metavar="FILE", help="the same, as a flag")
-    parser.add_argument("--face", type=whole(1, 1000), metavar="N", help="which face in it, 1 is the largest")
-    _add_head_flags(parser.add_argument_group("head", "The photo's own, changed by a second photo, then by sliders."))
-    parser.set_defaults(**SLIDERS)
+    """Add the flags for photo, head, light, bundle and renderer."""
+    parser.usage = "%(prog)s PHOTO [options]"
+    _add_photo_flags(parser.add_argument_group("photo"))
+    _add_pose_flags(parser.add_argument_group("head of another photo", "What to take from it replaces the photo's."))
+    _add_head_flags(parser.add_argument_group("head", "Sliders, applied last. Left and right in names are the "
+                                              "person's."))
+    _add_light_flags(parser.add_argument_group("light", "The photo's own, unless a lamp, another photo's or "
+                                               "coefficients replace it."))
+    parser.set_defaults(**CONTROLS)
     group = parser.add_argument_group("machine")
     group.add_argument("--bundle", type=Path, metavar="DIR", help="folder of a bundle (default: the embedded one)")
     group.add_argument("--backend", default="ort", help="what runs the graphs (default: ort)")
     group.add_argument("--renderer", choices=("auto", "gl", "numpy"), default="auto", help="what draws the head")
+    group.add_argument("--detector", choices=("landmarker", "insight"), default="landmarker", help="what finds faces: "
+                       "insight is InsightFace's SCRFD, of a model pack of yours (default: landmarker)")
     group.add_argument("--threads", type=whole(1, 1024), metavar="N", help="at most so many cores (default: all)")
 
 
 def open_pipeline(bundle: Path | None = None, backend: str = "ort", threads: int | None = None,
-                  renderer: Literal["auto", "gl", "numpy"] = "auto") -> Pipeline:
-    """The pipeline; says on stderr where a fallback draws."""
-    pipe = Pipeline(Bundle.open(bundle), backend, threads, renderer)
+                  renderer: Literal["auto", "gl", "numpy"] = "auto", head: str | None = None,
+                  detector: Literal["landmarker", "insight"] = "landmarker") -> Pipeline:
+    """The pipeline; says on stderr where a fallback draws, or a head that the bundle was not trained with."""
+    file = None if head is None else find_head(head)
+    pipe = Pipeline(Bundle.open(bundle), backend, threads, renderer, file, detector)
     if pipe.renderer.notice:
         print(f"caphuman: {pipe.renderer.notice}", file=sys.stderr)
+    if file not in (None, OPEN_HEAD) and "head" in pipe.bundle:
+        print(f"caphuman: {pipe.bundle.manifest.name} was trained with the head it brings along; its portraits follow "
+              f"{head} less well", file=sys.stderr)
     return pipe
 
 
 def check_controls(pipe: Pipeline, args: argparse.Namespace) -> None:
     """Try the controls on the mean head: a misspelt name should not cost the reading of the photos."""
-    if args.modes is not None and not args.pose:
-        raise BadInput(f"--modes {args.modes} says what to take from a pose photo; add --pose, or leave it out")
+    if args.modes is not None and not (args.pose or args.pose_code):
+        raise BadInput(f"--modes {args.modes} says what to take from another head; add --pose or --pose-code, or leave "
+                       "it out")
+    if sum([_lamp(args) is not None, args.light_coefficients is not None, args.light_from is not None]) > 1:
+        raise BadInput("a lamp (--light, its colour, strength and ambient), --light-coefficients and --light-from each "
+                       "replace the light; give one of them")
     mean = HeadCode.neutral(pipe.head_model.layout)
     slide(mix(mean, mean, _modes(args)), args)
 
 
 def photo_files(args: argparse.Namespace) -> list[Path]:
     """The files that are read, which no result may replace."""
-    return [args.photo, args.pose] if args.pose else [args.photo]
+    return [file for file in (args.photo, args.pose, args.pose_code, args.light_from) if file]
 
 
-def load_photos(args: argparse.Namespace) -> tuple[Photo, Photo | None]:
-    """The pixels of --photo and of --pose; a user learns of a wrong path before anything is loaded."""
-    return load_photo(args.photo), load_photo(args.pose) if args.pose else None
+def load_sources(args: argparse.Namespace) -> Sources:
+    """Everything that is read; a user learns of a wrong path before anything is computed."""
+    return Sources(load_photo(args.photo), load_photo(args.pose) if args.pose else None,
+                   load_photo(args.light_from) if args.light_from else None,
+                   head_numbers(args.pose_code) if args.pose_code else None)
 
 
-def find_subject(pipe: Pipeline, photo: Photo, pose: Photo | None,
-                 args: argparse.Namespace) -> tuple[Subject, HeadCode]:
+def find_heads(pipe: Pipeline, sources: Sources, args: argparse.Namespace) -> Seen:
     """The person in the photo, and the head to draw."""
+    target = pose = None
+    if sources.pose_numbers is not None:
+        target = _code_of(pipe, sources.pose_numbers, args.pose_code)
     with _naming(args.photo, "--face"):
-        subject = pipe.perceive(photo, args.face)
-    head = subject.head
-    if pose is not None:
+        subject = pipe.perceive(sources.photo, args.face, args.fit)
+    if sources.pose is not None:
         with _naming(args.pose, "--pose-face"):
-            head = mix(head, pipe.perceive(pose, args.pose_face).head, _modes(args))
-    return subject, slide(head, args)
+            pose = pipe.perceive(sources.pose, args.pose_face, args.fit)
+        target = pose.head
+    head = subject.head if target is None else mix(subject.head, target, _modes(args))
+    if sources.light is not None:
+        with _naming(args.light_from, "--light-face"):
+            head = mix(head, pipe.perceive(sources.light, args.light_face, args.fit).head, "lighting")
+    return Seen(subject, pose, slide(head, args))
 
 
 def slide(head: HeadCode, args: argparse.Namespace) -> HeadCode:
@@ -91,46 +140,109 @@ def slide(head: HeadCode, args: argparse.Namespace) -> HeadCode:
         head = head.posed(args.yaw, args.pitch, args.roll)
     if (args.x, args.y, args.scale) != (0, 0, 1):
         head = head.moved(args.x, args.y, args.scale)
-    if args.light:
-        head = head.lit(directional_light(*args.light))
+    if args.jaw is not None:
+        head = head.opened(args.jaw)
+    lamp = _lamp(args)
+    if lamp is not None:
+        head = head.lit(lamp)
+    if args.light_coefficients is not None:
+        head = head.lit(np.reshape(args.light_coefficients, (9, 3)))
+    if (args.light_turn, args.light_gain) != (0, 1):
+        head = head.relit(args.light_turn, args.light_gain)
     return head.expressed(dict(args.expression))
 
 
 def recipe(args: argparse.Namespace, head: HeadCode) -> dict[str, Any]:
     """What made the head, for the picture's metadata: the controls that were set, and the angles that came out."""
-    controls = {name: vars(args)[name] for name, unset in SLIDERS.items() if vars(args)[name] != unset}
+    controls = {name: vars(args)[name] for name, unset in CONTROLS.items() if vars(args)[name] != unset}
     if args.expression:
         controls["expression"] = dict(args.expression)
-    if args.pose:
+    if args.pose or args.pose_code:
         controls["modes"] = _modes(args)
     return {**controls, "angles": [round(angle, 1) for angle in head.angles]}
 
 
+def _add_photo_flags(group: argparse._ArgumentGroup) -> None:
+    photo = group.add_mutually_exclusive_group(required=True)
+    photo.add_argument("photo", nargs="?", action=StoreGiven, type=Path, help="photo of the person")
+    photo.add_argument("--photo", type=Path, metavar="FILE", help="the same, as a flag")
+    group.add_argument("--face", type=whole(1, 1000), metavar="N",
+                       help="which face, as 'caphuman preview' numbers them (default: 1, the largest)")
+    group.add_argument("--fit", choices=FITS, help="what of this and any other photo fills the frame: face: the "
+                       "square around it, for which the embedded bundle is made (default); crop: the largest part that "
+                       "has the frame's proportions; pad: all, with drawn-out edges; squash: all, stretched, as the "
+                       "official tool does")
+
+
+def _add_pose_flags(group: argparse._ArgumentGroup) -> None:
+    pose = group.add_mutually_exclusive_group()
+    pose.add_argument("--pose", type=Path, metavar="FILE", help="photo whose head is followed")
+    pose.add_argument("--pose-code", type=Path, metavar="FILE", help="the same from numbers: a portrait made by "
+                      "'caphuman generate', or the output of 'caphuman preview --json'")
+    group.add_argument("--pose-face", type=whole(1, 1000), metavar="N", help="which face in the photo (default: 1)")
+    group.add_argument("--modes", metavar="LIST", help=f"what to take: {','.join(MODES)} or all (default: "
+                       f"{DEFAULT_MODES})")
+
+
 def _add_head_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--pose", type=Path, metavar="FILE", help="photo whose head is followed")
-    group.add_argument("--pose-face", type=whole(1, 1000), metavar="N", help="which face in it, 1 is the largest")
-    group.add_argument("--modes", metavar="LIST", help=f"what to take from it: {','.join(MODES)} or all "
-                       f"(default: {DEFAULT_MODES})")
-    group.add_argument("--yaw", type=number(-180.0, 180.0), metavar="DEG", help="turn, + to image right, 0 is frontal")
-    group.add_argument("--pitch", type=number(-90.0, 90.0), metavar="DEG", help="nod, + up")
-    group.add_argument("--roll", type=number(-180.0, 180.0), metavar="DEG", help="tilt, + clockwise as seen")
+    group.add_argument("--head", metavar="NAME|FILE", help="head model, as 'caphuman head list' names them (default: "
+                       "the bundle's)")
+    group.add_argument("--yaw", type=number(-180.0, 180.0), metavar="DEG",
+                       help="turn to this angle, 0 is frontal, + to image right")
+    group.add_argument("--pitch", type=number(-90.0, 90.0), metavar="DEG", help="nod to this angle, + up")
+    group.add_argument("--roll", type=number(-180.0, 180.0), metavar="DEG", help="tilt to this angle, + clockwise")
     group.add_argument("--x", type=number(-2.0, 2.0), metavar="F", help="shift right, in half frames")
     group.add_argument("--y", type=number(-2.0, 2.0), metavar="F", help="shift up, in half frames")
-    group.add_argument("--scale", type=number(0.1, 10.0), metavar="F", help="size, 1 leaves it")
+    group.add_argument("--scale", type=number(0.1, 10.0), metavar="F", help="times the size, 0.1 to 10")
     group.add_argument("--expression", type=strength, nargs="+", action="extend", metavar="NAME=VALUE",
-                       help="expression units, 1 is full strength: mouthSmile=0.7 eyeBlinkLeft=1")
-    group.add_argument("--light", type=direction, metavar="AZIMUTH,ELEVATION", help="where the light comes from, "
-                       "degrees: + from image right, + from above")
+                       help="expression units, 0 neutral to 1 full: smile=0.7 eyeBlinkLeft=1; an unknown name is "
+                       "answered with all known ones")
+    group.add_argument("--jaw", type=number(-10.0, 45.0), metavar="DEG", help="open the jaw to this angle, 25 is wide")
+
+
+def _add_light_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--light", type=direction, metavar="AZIMUTH,ELEVATION",
+                       help="a lamp from there, degrees: + image right, + above (default: 0,30)")
+    group.add_argument("--light-from", type=Path, metavar="FILE", help="the light of another photo")
+    group.add_argument("--light-coefficients", type=light_coefficients, metavar="NUMBERS|FILE",
+                       help="27 spherical-harmonic coefficients, as DECA's: red,green,blue of 1,x,y,z,xy,xz,yz,x2-y2,"
+                       "3z2-1; or a JSON file of them")
+    group.add_argument("--light-face", type=whole(1, 1000), metavar="N", help="which face in --light-from (default: 1)")
+    group.add_argument("--light-colour", type=colour, metavar="COLOUR", help="of lamp and ambient: #rrggbb or "
+                       "red,green,blue from 0 to 1 (default: white)")
+    group.add_argument("--light-strength", type=number(0.0, 10.0), metavar="F", help="of the lamp (default: 0.6)")
+    group.add_argument("--ambient", type=number(0.0, 10.0), metavar="F", help="even light around it (default: 0.55)")
+    group.add_argument("--light-turn", type=number(-180.0, 180.0), metavar="DEG",
+                       help="turn the light, whichever it is, + to image right")
+    group.add_argument("--light-gain", type=number(0.0, 10.0), metavar="F", help="times the brightness")
+
+
+def _lamp(args: argparse.Namespace) -> Float[np.ndarray, "9 3"] | None:
+    given = {name: vars(args)[flag] for flag, name in LAMP.items() if vars(args)[flag] is not None}
+    return directional_light(*(args.light or LAMP_PLACE), **given) if args.light or given else None
 
 
 def _modes(args: argparse.Namespace) -> str:
     return DEFAULT_MODES if args.modes is None else args.modes
 
 
+def _code_of(pipe: Pipeline, numbers: object, file: Path) -> HeadCode:
+    try:
+        return HeadCode.from_numbers(pipe.head_model.layout, numbers)
+    except BadInput as error:
+        raise BadInput(f"{file}: {error}") from error
+
+
 @contextmanager
 def _naming(photo: Path, flag: str) -> Iterator[None]:
-    """Add to errors about faces which photo they are about, and which flag chooses a face in it."""
+    """Add to errors and notices about faces which photo they are about, and which flag chooses a face in it."""
+    def named(message: object) -> str:
+        return f"{photo}: {str(message).replace('--face', flag)}"
+
     try:
-        yield
+        with warnings.catch_warnings(record=True) as heard:
+            yield
     except FaceError as error:
-        raise FaceError(f"{photo}: {str(error).replace('--face', flag)}") from error
+        raise FaceError(named(error)) from error
+    for notice in heard:
+        warnings.warn(named(notice.message), notice.category, stacklevel=2)

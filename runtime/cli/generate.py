@@ -37,11 +37,13 @@ def run(args: argparse.Namespace) -> int:
     results = [*files, args.sheet] if args.sheet else files
     check_apart(results, controls.photo_files(args))
     check_writable(results)
-    photos = controls.load_photos(args)
-    with controls.open_pipeline(args.bundle, args.backend, args.threads, args.renderer) as pipe:
+    sources = controls.load_sources(args)
+    with controls.open_pipeline(args.bundle, args.backend, args.threads, args.renderer, args.head,
+                                args.detector) as pipe:
         seeds = chosen_settings(pipe, args)
         controls.check_controls(pipe, args)
-        portraits = draw_all(pipe, *controls.find_subject(pipe, *photos, args), dict(zip(files, seeds, strict=True)), args)
+        seen = controls.find_heads(pipe, sources, args)
+        portraits = draw_all(pipe, seen.subject, seen.head, dict(zip(files, seeds, strict=True)), args)
     made = [{"file": str(file), "recipe": portrait.recipe} for file, portrait in zip(files, portraits, strict=True)]
     show({"portraits": made}, args.json, lambda report: "\n".join(portrait["file"] for portrait in report["portraits"]))
     return 0

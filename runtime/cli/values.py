@@ -1,6 +1,7 @@
 """How values are written on the command line. Each raises ArgumentTypeError, which says what is expected."""
 import argparse
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 def strength(text: str) -> tuple[str, float]:
     """`name=value`: an expression unit and how strong it is."""
     name, _, value = text.partition("=")
-    if not name or not -2 <= _float(value) <= 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not name=value with a value from -2 to 2, "
+    if not name or not -5 <= _float(value) <= 5:
+        raise argparse.ArgumentTypeError(f"{text!r} is not name=value with a value from -5 to 5, "
                                          "such as mouthSmile=0.7")
     return name, float(value)
 
@@ -43,11 +44,31 @@ def direction(text: str) -> tuple[float, float]:
     return angles[0], angles[1]
 
 
+def colour(text: str) -> tuple[float, float, float]:
+    """`#rrggbb`, or `red,green,blue` from 0 to 1."""
+    if re.fullmatch("#[0-9a-fA-F]{6}", text):
+        return int(text[1:3], 16) / 255, int(text[3:5], 16) / 255, int(text[5:], 16) / 255
+    parts = [_float(part) for part in text.split(",")]
+    if len(parts) != 3 or not all(0 <= part <= 1 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither #rrggbb nor red,green,blue from 0 to 1, "
+                                         "such as 1,0.8,0.6")
+    return parts[0], parts[1], parts[2]
+
+
 def png(text: str) -> Path:
-    """The path of a PNG file."""
+    """The path of a PNG file to write."""
+    return _named(text, ".png")
+
+
+def npy(text: str) -> Path:
+    """The path of a numpy array to write."""
+    return _named(text, ".npy")
+
+
+def _named(text: str, suffix: str) -> Path:
     path = Path(text)
-    if path.suffix.lower() != ".png":
-        raise argparse.ArgumentTypeError(f"{text!r} is not named .png, which is what is written")
+    if path.suffix.lower() != suffix:
+        raise argparse.ArgumentTypeError(f"{text!r} is not named {suffix}, which is what is written")
     return path
 
 

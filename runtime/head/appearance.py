@@ -22,6 +22,7 @@ OUTLIER = 0.1  # a pixel that is off by this counts half: hair, glasses, cast sh
 GREY_SIGMA, TINT_SIGMA, TEXTURE_SIGMA = 0.3, 0.05, 2.0
 LEAST_FACING = 0.15  # cosine to the line of sight below which a sample is not used
 SEEN_FROM_THE_FRONT = 256  # px
+JAW_AND_BROWS = [*range(17), *range(26, 16, -1)]  # of the 68 points
 
 
 class Appearance:
@@ -32,7 +33,8 @@ class Appearance:
         self.faces = _faces_of_the_face(model)
         grid = texture_grid(model.face_uv[self.faces]).mean(axis=1)
         self.albedo = sample_texture(model.texture_mean, grid)
-        self.albedo_basis = np.stack([sample_texture(part, grid) for part in model.texture_basis], axis=-1)
+        parts = [sample_texture(part, grid) for part in model.texture_basis]
+        self.albedo_basis = np.array(parts, np.float32).reshape(len(parts), *self.albedo.shape).transpose(1, 2, 0)
 
     def fit(self, code: HeadCode, image: UInt8[np.ndarray, "h w 3"]) -> HeadCode:
         """The code with the light and the texture of the photo it was fitted to."""
@@ -54,14 +56,21 @@ class Appearance:
 
 
 def _faces_of_the_face(model: HeadModel) -> Int32[np.ndarray, "n"]:
-    """Triangles inside the landmarks' oval that are seen on the mean head from the front."""
+    """Triangles inside the landmarks' outline that are seen on the mean head from the front."""
     code = HeadCode.neutral(model.layout)
     vertices = model.vertices(code)
     screen = project(vertices, code)
     mesh = Mesh(screen, model.normals(vertices), model.faces, model.face_uv, model.texture_mean, code.light)
     seen = np.unique(rasterize(mesh, SEEN_FROM_THE_FRONT, SEEN_FROM_THE_FRONT).face)
-    oval = model.landmarks(screen)[FACE_OVAL, :2]
-    return np.asarray(seen[_inside(screen[model.faces[seen], :2].mean(axis=1), oval)], np.int32)
+    outline = _outline(model, screen)
+    return np.asarray(seen[_inside(screen[model.faces[seen], :2].mean(axis=1), outline)], np.int32)
+
+
+def _outline(model: HeadModel, screen: Float32[np.ndarray, "v 3"]) -> Float32[np.ndarray, "m 2"]:
+    """Around the face; on a FLAME head, along jaw and brows."""
+    if len(model.contour_corners):
+        return np.asarray(model.landmarks68(screen, np.eye(3, dtype=np.float32))[JAW_AND_BROWS, :2])
+    return np.asarray(model.landmarks(screen)[FACE_OVAL, :2])
 
 
 def _inside(points: Float32[np.ndarray, "n 2"], outline: Float32[np.ndarray, "m 2"]) -> np.ndarray:
@@ -100,7 +109,7 @@ def _ridge(design: Float32[np.ndarray, "n 3 p"], target: Samples, weight: Float3
     """Weighted least squares with every coefficient drawn to 0 by its standard deviation."""
     count = design.shape[2]
     root = np.sqrt(weight)[:, None]
-    flat = (design * root[..., None]).reshape(-1, count) / NOISE
+    flat = (design * root[..., None]).reshape(3 * len(design), count) / NOISE
     precision = np.diag(np.broadcast_to(1 / np.square(sigma), count))
     return np.asarray(np.linalg.solve(flat.T @ flat + precision, flat.T @ (target * root).ravel() / NOISE), np.float32)
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from caphuman_edge.runtime.errors import BadInput
-from caphuman_edge.runtime.head.light import directional_light
+from caphuman_edge.runtime.head.light import directional_light, turned_light
 from caphuman_edge.runtime.head.skinning import axis_angle, rotation_matrices
 from caphuman_edge.runtime.perception.rotation import rotation_from, yaw_pitch_roll
 
@@ -19,6 +19,7 @@ Vector = Float[np.ndarray, "_"]  # any float on the way in, float32 inside
 EVERYDAY_NAMES = {"smile": "mouthSmile", "frown": "mouthFrown", "blink": "eyeBlink", "open": "jawOpen",
                   "pout": "mouthPucker", "surprise": "browInnerUp"}
 NEUTRAL_SCALE = 5.0  # the mean head then fills about two thirds of the frame
+LARGEST_NUMBER, SMALLEST_CROP = 1e4, 1e-6  # beyond these, numbers from a file describe no head in a frame
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,21 @@ class HeadCode:
         arrays = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "layout"}
         return {name: np.round(array.astype(np.float64), 6).tolist() for name, array in arrays.items()}
 
+    @classmethod
+    def from_numbers(cls, layout: HeadLayout, numbers: object) -> "HeadCode":
+        """The code whose `numbers` these are; they may come from a stranger's file.
+
+        Raises BadInput for anything but the numbers of a head with this layout.
+        """
+        names = [part.name for part in fields(cls) if part.name != "layout"]
+        if not isinstance(numbers, dict) or set(numbers) != set(names):
+            raise BadInput(f"these are not the numbers of a head, expected {', '.join(names)} and nothing else")
+        neutral = cls.neutral(layout)
+        code = cls(layout, **{name: _array(name, numbers[name], getattr(neutral, name).shape) for name in names})
+        if code.camera[0] <= 0 or np.linalg.det(code.crop[:2, :2]) < SMALLEST_CROP:
+            raise BadInput("the head's camera or crop leaves nothing of it to see, expected positive scales")
+        return code
+
     @property
     def rotation(self) -> Float32[np.ndarray, "3 3"]:
         """The head's global rotation."""
@@ -110,18 +126,27 @@ class HeadCode:
         return replace(self, camera=np.array([new_scale, *shift]))
 
     def expressed(self, strengths: Mapping[str, float]) -> "HeadCode":
-        """Set expression units by name; 1 is full strength.
+        """Set expression units by name (layout.expression_names): 0 is neutral, 1 full strength.
 
-        A name without its side (mouthSmile) sets both; so do EVERYDAY_NAMES (smile).
+        A name without its side (mouthSmile) sets both; so do EVERYDAY_NAMES (smile). A FLAME head's units are
+        expression0 and so on, in standard deviations. Raises BadInput for a name that this head does not have.
         """
         expression = self.expression.copy()
         for name, strength in strengths.items():
             expression[self._units(name)] = strength
         return replace(self, expression=expression)
 
+    def opened(self, jaw: float) -> "HeadCode":
+        """Turn the jaw down to this angle: degrees, 0 is where the expression leaves it, 25 wide open."""
+        return replace(self, pose=np.array([*self.pose[:3], np.radians(jaw), *self.pose[4:]]))
+
     def lit(self, light: Float[np.ndarray, "9 3"]) -> "HeadCode":
-        """Put the head under another light: 27 coefficients, or `directional_light(...)`."""
+        """Put the head under another light: `directional_light(...)`, another code's, or any 27 coefficients."""
         return replace(self, light=light)
+
+    def relit(self, turn: float = 0.0, gain: float = 1.0) -> "HeadCode":
+        """Edit the light: turn it about the vertical axis (degrees, + to image right), multiply it by `gain`."""
+        return self.lit(gain * turned_light(self.light, rotation_from(turn, 0.0, 0.0)))
 
     def _units(self, name: str) -> list[int]:
         """A unit, or both sides of it: `mouthSmile` is mouthSmileLeft and mouthSmileRight."""
@@ -143,6 +168,18 @@ def project(vertices: Float32[np.ndarray, "v 3"], code: HeadCode) -> Float32[np.
     xy = scale * (vertices[:, :2] + np.asarray(shift, np.float32)) * np.array([1, -1], np.float32)
     cropped = xy @ code.crop[:2, :2] + code.crop[2, :2]
     return np.asarray(np.column_stack([cropped, -scale * vertices[:, 2]]), np.float32)
+
+
+def _array(name: str, value: object, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
+    """Nested lists from JSON as an array of this shape."""
+    try:
+        numbers = np.asarray(value, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        numbers = np.full(shape, np.nan)
+    if numbers.shape != shape or not (np.abs(numbers) <= LARGEST_NUMBER).all():
+        raise BadInput(f"the head's {name} is not {shape} numbers up to {LARGEST_NUMBER:g}; use a head that was made "
+                       "with this head model")
+    return np.asarray(numbers, np.float32)
 
 
 def _checked(name: str, value: Float[np.ndarray, "..."], shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:

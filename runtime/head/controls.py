@@ -16,7 +16,9 @@ def mix(reference: HeadCode, target: HeadCode, modes: str = DEFAULT_MODES) -> He
 
     position: camera and crop; pose: the head's rotation; lighting: light; expression: expression and jaw; "all": all
     four. Words stand between commas; identity and texture always stay. As in the official tool, "all" means anything
-    only alone: in "position,all" it is ignored. Raises BadInput for a word that is no mode.
+    only alone: in "position,all" it is ignored. That tool looks for the four words anywhere in the string and ignores
+    the rest, so every string that is accepted here means the same there; others (a misspelt word, another separator)
+    raise BadInput here.
     """
     chosen = _parse(modes)
     code = reference
@@ -37,4 +39,4 @@ def _parse(modes: str) -> set[str]:
     unknown = words - {*MODES, EVERYTHING}
     if unknown:
         raise BadInput(f'control mode "{min(unknown)}" is not known, expected some of {", ".join(MODES)}, or all')
-    return set(MODES) if words == {EVERYTHING} else words
+    return set(MODES) if modes == EVERYTHING else words

@@ -5,10 +5,13 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from caphuman_edge.runtime.errors import ShapeMismatch
 from caphuman_edge.runtime.head.code import HeadCode, HeadLayout
 from caphuman_edge.runtime.head.skinning import rotation_matrices, skin
 
 ROOT, NECK, JAW = 0, 1, 2  # FLAME's joint order; the eyes follow
+MOST_YAW = 39  # degrees; the contour has a bin for each degree to this, then for -1 to -MOST_YAW, then one below
+YAW_BINS = 2 * MOST_YAW + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +31,8 @@ class HeadModel:
     texture_basis: Float32[np.ndarray, "k t t 3"]
     landmark_corners: Int32[np.ndarray, "l 3"]  # the vertices of the triangle that holds each landmark
     landmark_weights: Float32[np.ndarray, "l 3"]
+    contour_corners: Int32[np.ndarray, "a c 3"]  # c points for each of a = YAW_BINS turns of the head, or a = 0
+    contour_weights: Float32[np.ndarray, "a c 3"]
     expression_names: tuple[str, ...]
 
     @cached_property
@@ -57,7 +62,7 @@ class HeadModel:
 
     def normals(self, vertices: Float32[np.ndarray, "v 3"]) -> Float32[np.ndarray, "v 3"]:
         """Unit normals: the sum of the adjoining faces' normals, each as long as its face is large."""
-        a, b, c = (vertices[self.faces[:, k]] for k in range(3))
+        a, b, c = (np.take(vertices, self.faces[:, k], axis=0) for k in range(3))
         face_normals = np.cross(b - a, c - a)
         sums = np.zeros_like(vertices)
         for axis in range(3):
@@ -65,9 +70,43 @@ class HeadModel:
         return np.asarray(sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-6), np.float32)
 
     def texture(self, code: HeadCode) -> Float32[np.ndarray, "t t 3"]:
-        """The albedo, first row on top; not clamped."""
-        return np.asarray(self.texture_mean + np.tensordot(code.texture, self.texture_basis, axes=1), np.float32)
+        """The albedo, first row on top; not clamped, not to be written to: the last one is kept."""
+        key = code.texture.tobytes()
+        texture = self._last_texture.get(key)
+        if texture is None:
+            texture = np.asarray(self.texture_mean + np.tensordot(code.texture, self.texture_basis, axes=1), np.float32)
+            texture.flags.writeable = False
+            self._last_texture.clear()
+            self._last_texture[key] = texture
+        return texture
+
+    @cached_property
+    def _last_texture(self) -> dict[bytes, np.ndarray]:
+        """By its coefficients; a slider that turns a head leaves its skin as it is."""
+        return {}
 
     def landmarks(self, vertices: Float32[np.ndarray, "v 3"]) -> Float32[np.ndarray, "l 3"]:
         """The landmarks on a posed or projected mesh."""
         return np.asarray(np.einsum("lk,lkc->lc", self.landmark_weights, vertices[self.landmark_corners]))
+
+    def landmarks68(self, vertices: Float32[np.ndarray, "v 3"],
+                    rotation: Float32[np.ndarray, "3 3"]) -> Float32[np.ndarray, "68 3"]:
+        """17 points on the outline as the viewer sees it, then FLAME's 51 on the face, of a posed or projected mesh.
+
+        `rotation` is the head's: the global one, after the neck's where that is turned. Raises ShapeMismatch for a head
+        without these points.
+        """
+        if len(self.contour_corners) != YAW_BINS or self.contour_corners.shape[1] + len(self.landmark_corners) != 68:
+            raise ShapeMismatch(f"the head has {len(self.landmark_corners)} landmarks and no outline of 17, expected "
+                                "FLAME's 68; add a FLAME head with 'caphuman head add'")
+        seen = yaw_bin(rotation)
+        corners, weights = self.contour_corners[seen], self.contour_weights[seen]
+        outline = np.einsum("lk,lkc->lc", weights, np.take(vertices, corners, axis=0))
+        return np.asarray(np.concatenate([outline, self.landmarks(vertices)]))
+
+
+def yaw_bin(rotation: Float32[np.ndarray, "3 3"]) -> int:
+    """Which outline a turned head shows: whole degrees of yaw, halves to even; FLAME's formula, its sign included."""
+    yaw = np.degrees(np.arctan2(-rotation[2, 0], np.hypot(rotation[0, 0], rotation[1, 0])))
+    degrees = int(np.rint(min(yaw, MOST_YAW)))
+    return degrees if degrees >= 0 else min(MOST_YAW - degrees, YAW_BINS - 1)

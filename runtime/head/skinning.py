@@ -58,8 +58,8 @@ def skin(
         bend = (rotations[1:] - np.eye(3, dtype=np.float32)).ravel()
         corrected = shaped + pose_basis @ bend
     turns, shifts = _joint_transforms(joints, rotations, parents)
-    turned = np.einsum("vj,jab,vb->va", weights, turns, corrected, optimize=True)
-    return np.asarray(turned + weights @ shifts, np.float32)
+    blended = (weights @ turns.reshape(-1, 9)).reshape(-1, 3, 3)  # each vertex's own mix of the joints' rotations
+    return np.asarray(np.einsum("vab,vb->va", blended, corrected) + weights @ shifts, np.float32)
 
 
 def _joint_transforms(

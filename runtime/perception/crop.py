@@ -1,6 +1,7 @@
-"""The face alone: its hull, a mask of it, and the levelled crop on white that the image encoder reads."""
+"""What the image encoder reads: the levelled crop of the face's hull on white, or a whole picture as CLIP takes it."""
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
+from PIL import Image
 
 from caphuman_edge.runtime.contract import IMAGE_MEAN, IMAGE_STD
 from caphuman_edge.runtime.perception.landmarks import FaceLandmarks, levelled_square
@@ -19,7 +20,15 @@ def face_crop(image: UInt8[np.ndarray, "h w 3"], landmarks: FaceLandmarks, size:
     square = levelled_square(hull, landmarks.tilt, HULL_MARGIN, size)
     mask = hull_mask(apply(invert(square), hull), size, size)
     face = np.where(mask[..., None], warp(image, square, size) / 255, 1)
-    return np.asarray(((face - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1), np.float32, order="C")
+    return _normalised(face)
+
+
+def clip_pixels(image: UInt8[np.ndarray, "h w 3"], size: int) -> Float32[np.ndarray, "3 s s"]:
+    """CLIP's own preprocessing: shortest edge to `size` px (bicubic), the middle square, normalised."""
+    height, width = (size * edge // min(image.shape[:2]) for edge in image.shape[:2])
+    top, left = (height - size) // 2, (width - size) // 2
+    scaled = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    return _normalised(scaled[top:top + size, left:left + size] / 255)
 
 
 def face_hull(landmarks: FaceLandmarks) -> Float[np.ndarray, "n 2"]:
@@ -39,6 +48,10 @@ def hull_mask(hull: Float[np.ndarray, "n 2"], height: int, width: int) -> Bool[n
     right = np.where(crosses, x, -np.inf).max(axis=1, keepdims=True)
     columns = np.arange(width) + 0.5
     return (left <= columns) & (columns < right)
+
+
+def _normalised(face: Float32[np.ndarray, "s s 3"]) -> Float32[np.ndarray, "3 s s"]:
+    return np.asarray(((face - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1), np.float32, order="C")
 
 
 def _half_hull(points: list[tuple[float, ...]]) -> list[tuple[float, ...]]:

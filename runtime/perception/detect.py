@@ -87,7 +87,7 @@ def select_face(boxes: list[FaceBox], number: int | None = None) -> FaceBox:
     comparable = comparable_faces(boxes)
     if number is None and comparable > 1:
         warnings.warn(f"{comparable} faces of similar size in the photo, the largest is taken: choose with --face N, "
-                      f"1 to {len(boxes)}", stacklevel=2)
+                      "as 'caphuman preview' numbers them", stacklevel=2)
     return boxes[(number or 1) - 1]
 
 

@@ -5,16 +5,19 @@ puts a pack into place, knowing that.
 """
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from caphuman_edge.runtime.errors import BadInput, FaceError, MissingExtra
+from caphuman_edge.runtime.errors import BadInput, MissingExtra
 from caphuman_edge.runtime.perception.detect import FaceBox
+from caphuman_edge.runtime.perception.identity import five_points
+from caphuman_edge.runtime.perception.landmarks import FaceLandmarks
 
 PACK = Path("~/.insightface/models/buffalo_l")
 PACK_VARIABLE = "CAPHUMAN_INSIGHTFACE_PACK"  # names another pack's folder
-LICENCE = "InsightFace's models are for non-commercial research only"
+LICENCE = "its models are for non-commercial research only"
 DETECTION, RECOGNITION = "detection", "recognition"
 
 
@@ -30,11 +33,11 @@ class InsightFace:
         try:
             from insightface.app import FaceAnalysis
         except ImportError as error:
-            raise MissingExtra("insightface", "insightface", "detection and scores by InsightFace") from error
+            raise MissingExtra("insightface", "insightface", f"InsightFace ({LICENCE})") from error
         if not any(folder.glob("*.onnx")):
-            raise BadInput(f"{folder} holds no InsightFace model pack. {LICENCE}: if yours is, python -c "
-                           "'import insightface.app as app; app.FaceAnalysis()' fetches one, or name the folder of "
-                           f"yours with {PACK_VARIABLE}")
+            raise BadInput(f"{folder} holds no model pack of InsightFace ({LICENCE}): where that is your "
+                           "use, fetch one with python -c 'import insightface.app as app; app.FaceAnalysis()', or name "
+                           f"another pack's folder with {PACK_VARIABLE}")
         self._faces = FaceAnalysis(str(folder), allowed_modules=[DETECTION, RECOGNITION],
                                    providers=["CPUExecutionProvider"])
         self._faces.prepare()
@@ -45,13 +48,11 @@ class InsightFace:
         faces = [_square(box, corners) for box, corners in zip(boxes, points, strict=True)]
         return sorted(faces, key=lambda face: -face.area)
 
-    def identity(self, image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "d"]:
-        """ArcFace's unit vector of the largest face in an RGB image; raises FaceError where there is none."""
-        found = self._faces.get(_bgr(image))
-        if not found:
-            raise FaceError("InsightFace finds no face to compare: use a picture that shows one")
-        largest = max(found, key=lambda face: np.prod(face.bbox[2:] - face.bbox[:2]))
-        return np.asarray(largest.normed_embedding, np.float32)
+    def identity(self, image: UInt8[np.ndarray, "h w 3"], landmarks: FaceLandmarks) -> Float32[np.ndarray, "d"]:
+        """ArcFace's unit vector of a measured face in an RGB image."""
+        aligned = SimpleNamespace(kps=five_points(landmarks).astype(np.float32))
+        vector = self._faces.models[RECOGNITION].get(_bgr(image), aligned)
+        return np.asarray(vector / np.linalg.norm(vector), np.float32)
 
 
 def _square(box: Float32[np.ndarray, "5"], points: Float32[np.ndarray, "5 2"]) -> FaceBox:

@@ -17,6 +17,7 @@ from .maps import AREA_EPSILON, Mesh, drawable_faces
 
 CORNER_LAYOUT = "3f 3f 2f 1f", "screen", "normal", "uv", "weight_sum"
 CORNER_BYTES = 9 * 4
+Box = tuple[int, int, int, int]  # left, top, width, height in pixels
 REMEDY = "on Debian and Ubuntu: apt-get install libegl1 libgl1-mesa-dri; elsewhere update the graphics driver"
 
 
@@ -34,7 +35,7 @@ class GlRenderer:
         self._process, self._closed = os.getpid(), False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="caphuman-gl")
         try:
-            self._pass = self._thread.submit(_open_pass).result()
+            self._pass = self._thread.submit(open_pass).result()
         except Exception:
             self._thread.shutdown()
             raise
@@ -72,23 +73,39 @@ class MapPass:
         self._frame = _new_frame(context, (1, 1))
 
     def draw(self, mesh: Mesh, height: int, width: int) -> Float32[np.ndarray, "9 height width"]:
-        """Upload a mesh, draw it and read its maps back."""
-        count = self._upload(mesh)
-        self._fit_frame((width, height))
-        self._frame.use()
-        self._frame.clear()
-        self._vertices.render(vertices=count)
-        return _read_maps(self._frame)
+        """Upload a mesh, draw it and read its maps back; pixels around the mesh are neither cleared nor read."""
+        maps = np.zeros((9, height, width), np.float32)
+        corners = pack_corners(mesh)
+        box = covered_box(corners, height, width)
+        if box[2] and box[3]:
+            self.upload(mesh, corners)
+            self.paint(len(corners), box, (width, height))
+            self.read(box, maps)
+        return maps
 
-    def _upload(self, mesh: Mesh) -> int:
-        corners = _pack_corners(mesh)
-        self._corners.orphan(max(corners.nbytes, CORNER_BYTES))
+    def upload(self, mesh: Mesh, corners: Float32[np.ndarray, "corners 9"]) -> None:
+        """Bring a mesh, packed already, and its texture to the GPU."""
+        self._corners.orphan(corners.nbytes)
         self._corners.write(corners)
-        self._light.write(mesh.light.tobytes())
+        self._light.write(np.ascontiguousarray(mesh.light))
         self._fit_texture(mesh.texture.shape[:2])
-        self._texture.write(mesh.texture.tobytes())
+        self._texture.write(np.ascontiguousarray(mesh.texture))
         self._texture.use()
-        return len(corners)
+
+    def paint(self, count: int, box: Box, size: tuple[int, int]) -> None:
+        """Draw the first `count` corners into a frame of (width, height)."""
+        self._fit_frame(size)
+        self._frame.use()
+        self._frame.clear(viewport=box)
+        self._vertices.render(vertices=count)
+
+    def read(self, box: Box, maps: Float32[np.ndarray, "9 height width"]) -> None:
+        """Copy the box of what was drawn into the maps."""
+        left, top, width, height = box
+        pixels = np.empty((height, width, 4), np.float32)  # ES reads float pixels in fours only
+        for k in range(3):
+            self._frame.read_into(pixels, viewport=box, components=4, attachment=k, dtype="f4")
+            maps[3 * k:3 * k + 3, top:top + height, left:left + width] = pixels[..., :3].transpose(2, 0, 1)
 
     def _fit_texture(self, size: tuple[int, int]) -> None:
         if self._texture.size != size:
@@ -102,7 +119,8 @@ class MapPass:
             self._frame = _new_frame(self.context, size)
 
 
-def _open_pass() -> MapPass:
+def open_pass() -> MapPass:
+    """A pass in a context of its own, for this thread alone; raises MissingExtra or RenderError."""
     try:
         import moderngl
     except ImportError:
@@ -119,17 +137,31 @@ def _new_frame(context: Any, size: tuple[int, int]) -> Any:
     return context.framebuffer(targets, context.depth_renderbuffer(size))
 
 
-def _pack_corners(mesh: Mesh) -> Float32[np.ndarray, "corners 9"]:
-    """What the vertex stage reads, interleaved, three rows a face."""
+def pack_corners(mesh: Mesh) -> Float32[np.ndarray, "corners 9"]:
+    """What the vertex stage reads, interleaved, three rows a face.
+
+    The faces that a head turns to the viewer come first, so that the depth test spares what they hide its shading.
+    """
     drawn, screen, areas = drawable_faces(mesh)
-    weight_sums = np.broadcast_to((areas / (areas + AREA_EPSILON))[:, None, None], (len(drawn), 3, 1))
-    return np.concatenate(
-        [screen, mesh.normals[mesh.faces[drawn]], mesh.face_uv[drawn], weight_sums], axis=2
-    ).reshape(-1, 9)
+    order = np.argsort(areas < 0, kind="stable")
+    corners = np.empty((len(drawn), 3, 9), np.float32)
+    corners[..., :3] = np.take(screen, order, axis=0)
+    corners[..., 3:6] = np.take(mesh.normals, mesh.faces[drawn[order]], axis=0)
+    corners[..., 6:8] = np.take(mesh.face_uv, drawn[order], axis=0)
+    corners[..., 8] = (areas / (areas + AREA_EPSILON))[order, None]
+    return corners.reshape(-1, 9)
 
 
-def _read_maps(frame: Any) -> Float32[np.ndarray, "9 height width"]:
-    width, height = frame.size
-    maps = [np.frombuffer(frame.read(components=4, attachment=k, dtype="f4"), np.float32) for k in range(3)]
-    rgba = np.stack(maps).reshape(3, height, width, 4)  # ES reads float pixels in fours only
-    return rgba[..., :3].transpose(0, 3, 1, 2).reshape(9, height, width)
+def covered_box(corners: Float32[np.ndarray, "corners 9"], height: int, width: int) -> Box:
+    """The part of the frame that faces may cover; its width or height is 0 where they cover nothing."""
+    if not len(corners):
+        return 0, 0, 0, 0
+    left, right = _pixel_range(corners[:, 0], width)
+    top, bottom = _pixel_range(corners[:, 1], height)
+    return left, top, right - left, bottom - top
+
+
+def _pixel_range(places: Float32[np.ndarray, "corners"], count: int) -> tuple[int, int]:
+    """First and end of the pixels that places in -1..1 span; one axis a time, as numpy reduces two slowly."""
+    low, high = (float(place + 1) / 2 * count for place in (places.min(), places.max()))
+    return int(np.clip(np.floor(low), 0, count)), int(np.clip(np.ceil(high), 0, count))

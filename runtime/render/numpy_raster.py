@@ -5,7 +5,7 @@ Every (face, pixel) pair whose pixel lies in the face's box is tested at once; t
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int
+from jaxtyping import Float32, Int
 
 from .maps import AREA_EPSILON, DEPTH_OFFSET, SH_FACTORS, Mesh, drawable_faces, harmonics
 
@@ -45,8 +45,8 @@ def render_maps(mesh: Mesh, height: int, width: int) -> Float32[np.ndarray, "9 h
     Normals are interpolated, neither renormalised nor remapped; rendered = albedo * light may leave [0, 1].
     """
     seen = rasterize(mesh, height, width)
-    normal = np.einsum("nk,nkc->nc", seen.weights, mesh.normals[mesh.faces[seen.face]])
-    grid = np.einsum("nk,nkc->nc", seen.weights, texture_grid(mesh.face_uv)[seen.face])
+    normal = np.einsum("nk,nkc->nc", seen.weights, np.take(mesh.normals, mesh.faces[seen.face], axis=0))
+    grid = np.einsum("nk,nkc->nc", seen.weights, np.take(texture_grid(mesh.face_uv), seen.face, axis=0))
     albedo = sample_texture(mesh.texture, grid)
     rendered = albedo * shade(normal, mesh.light)
     maps = np.zeros((9, height * width), np.float32)
@@ -66,7 +66,7 @@ def rasterize(mesh: Mesh, height: int, width: int) -> Fragments:
     centre = _pixel_centres(width)[column], _pixel_centres(height)[row]
     inside, weights = _barycentric(corners, areas + AREA_EPSILON, face, *centre)
     face, pixel = face[inside], (row * width + column)[inside]
-    depth = np.einsum("nk,nk->n", weights, corners[face, :, 2] + DEPTH_OFFSET)
+    depth = np.einsum("nk,nk->n", weights, np.take(corners[..., 2], face, axis=0) + DEPTH_OFFSET)
     nearest = _nearest(pixel, face, depth, height * width)
     return Fragments(pixel[nearest], drawn[face[nearest]], weights[nearest], depth[nearest])
 
@@ -81,15 +81,17 @@ def sample_texture(
 ) -> Float32[np.ndarray, "n 3"]:
     """Bilinear, 0 beyond the texture; -1 and 1 are the outer edges of its outer texels."""
     size = len(texture)
+    stride = size + 2
     padded = np.pad(texture, ((1, 1), (1, 1), (0, 0)))  # one ring of zeros is all that bilinear reaches
+    texels = padded.reshape(-1, 3)
     position = np.clip(((grid + 1) * size - 1) / 2, -1, size)  # in texels
     texel = np.clip(np.floor(position), -1, size - 1).astype(np.intp)
     right, down = (position - texel).astype(np.float32).T[..., None]
-    column, row = texel.T + 1
-    top = padded[row, column] * (1 - right) + padded[row, column + 1] * right
-    bottom = padded[row + 1, column] * (1 - right) + padded[row + 1, column + 1] * right
-    texels: Float32[np.ndarray, "n 3"] = top * (1 - down) + bottom * down
-    return texels
+    first = (texel[:, 1] + 1) * stride + texel[:, 0] + 1
+    a, b, c, d = (np.take(texels, first + step, axis=0) for step in (0, 1, stride, stride + 1))
+    top, bottom = a * (1 - right) + b * right, c * (1 - right) + d * right
+    colours: Float32[np.ndarray, "n 3"] = top * (1 - down) + bottom * down
+    return colours
 
 
 def shade(normal: Float32[np.ndarray, "n 3"], light: Float32[np.ndarray, "9 3"]) -> Float32[np.ndarray, "n 3"]:
@@ -119,19 +121,19 @@ def _pixels_in_boxes(corners: Corners, height: int, width: int) -> tuple[Indices
 
 def _barycentric(
     corners: Corners, areas: Float32[np.ndarray, " faces"], face: Indices, x: Scalars, y: Scalars
-) -> tuple[Bool[np.ndarray, " n"], Float32[np.ndarray, "inside 3"]]:
+) -> tuple[Int[np.ndarray, " inside"], Float32[np.ndarray, "inside 3"]]:
     """Which pairs' points lie inside, and the weights of those."""
+    flat = np.ascontiguousarray(corners[..., :2].transpose(1, 2, 0)).reshape(6, -1)
+    ax, ay, bx, by, cx, cy = np.take(flat, face, axis=1)
     area = areas[face]
-    u, v, w = (_edge(corners[:, k - 2], corners[:, k - 1], face, x, y) / area for k in range(3))
-    inside = (u > 0) & (v > 0) & (w > 0)
+    u, v, w = (_edge(*ends, x, y) / area for ends in ((bx, by, cx, cy), (cx, cy, ax, ay), (ax, ay, bx, by)))
+    inside = np.flatnonzero((u > 0) & (v > 0) & (w > 0))
     return inside, np.stack([u[inside], v[inside], w[inside]], axis=1)
 
 
-def _edge(start: Float32[np.ndarray, "faces 3"], end: Float32[np.ndarray, "faces 3"],
-          face: Indices, x: Scalars, y: Scalars) -> Scalars:
-    """Twice the signed area that each point spans with its face's edge."""
-    run, rise, _ = (end - start).T
-    area: Scalars = (x - start[face, 0]) * rise[face] - (y - start[face, 1]) * run[face]
+def _edge(x0: Scalars, y0: Scalars, x1: Scalars, y1: Scalars, x: Scalars, y: Scalars) -> Scalars:
+    """Twice the signed area that each point x, y spans with an edge."""
+    area: Scalars = (x - x0) * (y1 - y0) - (y - y0) * (x1 - x0)
     return area
 
 
@@ -140,6 +142,8 @@ def _nearest(pixel: Indices, face: Indices, depth: Scalars, pixels: int) -> Int[
     # Non-negative floats sort as their bits do, so one integer holds the depth and, for ties, the face.
     key = depth.view(np.uint32).astype(np.uint64) << np.uint64(32) | face.astype(np.uint64)
     best = np.full(pixels, np.iinfo(np.uint64).max)
-    in_front = depth >= 0
-    np.minimum.at(best, pixel[in_front], key[in_front])
-    return np.flatnonzero(in_front & (key == best[pixel]))
+    nearer = in_front = np.flatnonzero(depth >= 0)
+    while len(nearer):  # of several pairs at one pixel an assignment keeps any one; as many rounds as layers at most
+        best[pixel[nearer]] = key[nearer]
+        nearer = nearer[key[nearer] < best[pixel[nearer]]]
+    return in_front[key[in_front] == best[pixel[in_front]]]

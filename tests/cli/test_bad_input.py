@@ -11,6 +11,7 @@ from PIL import Image
 
 from caphuman_edge.runtime.bundle import Bundle
 from caphuman_edge.runtime.cli import main
+from caphuman_edge.runtime.head import HeadCode, load_head
 from caphuman_edge.runtime.pipeline import Pipeline
 from caphuman_edge.runtime.schedule import Schedule
 
@@ -27,7 +28,7 @@ def previewed(photo, folder) -> tuple[list[float], bytes]:
     """The head's angles and the rendered map that `preview` makes of a photo."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main(["preview", "--photo", str(photo), "--out-dir", str(folder), "--renderer", "numpy", "--json"]) == 0
-    return json.loads(out.getvalue())["head"]["angles"], (folder / "rendered.png").read_bytes()
+    return json.loads(out.getvalue())["controls"]["angles"], (folder / "rendered.png").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +52,19 @@ def test_a_landscape_has_no_face(generate_refused, tmp_path):
     assert "hills.png: no face found" in message and "use one where" in message
 
 
-def test_two_faces_need_a_number(generate_refused, caphuman, astronaut, tmp_path):
-    pair = Image.new("RGB", (1024, 512))
-    pair.paste(astronaut, (0, 0))
-    pair.paste(astronaut, (512, 0))
-    path = saved(pair, tmp_path / "pair.png")
-    message = generate_refused(path)
-    assert "2 faces" in message and "--face N" in message
-    assert "--face 3" in generate_refused(path, "--face", 3)
-    assert caphuman("preview", "--photo", path, "--face", 2, "--renderer", "numpy", "--out-dir", "maps").code == 0
+@pytest.fixture
+def pair(astronaut, tmp_path):
+    """A photo of two faces, the one at the right a little larger."""
+    both = Image.new("RGB", (1024, 512))
+    both.paste(astronaut.resize((480, 480)), (0, 0))
+    both.paste(astronaut, (512, 0))
+    return saved(both, tmp_path / "pair.png")
 
 
-def test_two_faces_in_the_pose_photo_name_their_own_flag(generate_refused, photo, astronaut, tmp_path):
-    pair = Image.new("RGB", (1024, 512))
-    pair.paste(astronaut, (0, 0))
-    pair.paste(astronaut, (512, 0))
-    message = generate_refused(photo, "--pose", saved(pair, tmp_path / "pair.png"))
-    assert "pair.png" in message and "--pose-face N" in message
+def test_a_face_that_is_not_there_is_refused(generate_refused, photo, pair):
+    assert "--face 3, but the photo shows 2" in generate_refused(pair, "--face", 3)
+    message = generate_refused(photo, "--pose", pair, "--pose-face", 3)
+    assert "pair.png: --pose-face 3" in message
 
 
 def test_text_is_no_photo_whatever_its_name(generate_refused, tmp_path):
@@ -96,6 +93,25 @@ def test_half_a_photo_is_refused(generate_refused, photo):
 # Photos that are odd, and welcome.
 
 
+def test_of_two_faces_the_largest_is_taken_with_a_notice(caphuman, pair, folder):
+    done = caphuman("preview", pair, "--renderer", "numpy", "--out-dir", "any", "--json")
+    assert done.code == 0 and done.err.count("\n") == 1
+    assert done.err.startswith(f"caphuman: warning: {pair}: 2 faces") and "--face N" in done.err
+    faces = json.loads(done.out)["faces"]
+    assert faces[0]["left"] > 512 > faces[1]["right"]
+    for number in (1, 2):
+        done = caphuman("preview", pair, "--face", number, "--renderer", "numpy", "--out-dir", number)
+        assert (done.code, done.err) == (0, "")
+    shown = [(folder / name / "rendered.png").read_bytes() for name in ("any", "1", "2")]
+    assert shown[0] == shown[1] != shown[2]
+
+
+@pytest.mark.parametrize(("flag", "choice"), [("--pose", "--pose-face N"), ("--light-from", "--light-face N")])
+def test_two_faces_in_another_photo_name_their_own_flag(caphuman, photo, pair, flag, choice):
+    done = caphuman("preview", photo, flag, pair, "--renderer", "numpy")
+    assert done.code == 0 and f"{pair}: 2 faces" in done.err and choice in done.err
+
+
 @pytest.mark.parametrize(("mode", "name"), [("RGBA", "odd.png"), ("CMYK", "odd.tiff"), ("P", "odd.gif"),
                                               ("L", "odd.jpg")])
 def test_photos_of_every_colour_mode_show_the_same_head(astronaut, upright, folder, tmp_path, mode, name):
@@ -118,12 +134,39 @@ def test_exif_turns_a_photo_upright_to_the_pixel(astronaut, upright, folder, tmp
 @pytest.mark.parametrize(("flags", "words"), [
     (("--expression", "grin=1"), ('"grin"', "mouthSmileLeft")),
     (("--expression", "mouthSmile"), ("'mouthSmile'", "name=value")),
-    (("--expression", "mouthSmile=nan"), ("'mouthSmile=nan'", "-2 to 2")),
+    (("--expression", "mouthSmile=nan"), ("'mouthSmile=nan'", "-5 to 5")),
     (("--yaw", "nan"), ("--yaw", "-180 to 180")),
     (("--yaw", "left"), ("--yaw", "'left'")),
     (("--scale", "0"), ("--scale", "0.1 to 10")),
     (("--light", "above"), ("'above'", "azimuth,elevation")),
-    (("--modes", "pose"), ("--modes pose", "add --pose")),
+    (("--light", "nan,20"), ("'nan,20'", "azimuth,elevation")),
+    (("--light", "200,20"), ("'200,20'", "-180 to 180")),
+    (("--light", "20"), ("'20'", "azimuth,elevation")),
+    (("--light-colour", "red"), ("'red'", "#rrggbb")),
+    (("--light-colour", "#ff00"), ("'#ff00'", "#rrggbb")),
+    (("--light-colour", "1,0.5"), ("'1,0.5'", "red,green,blue")),
+    (("--light-colour", "1,0.5,nan"), ("'1,0.5,nan'", "0 to 1")),
+    (("--light-colour", "255,128,0"), ("'255,128,0'", "0 to 1")),
+    (("--light-strength", "-1"), ("--light-strength", "0 to 10")),
+    (("--ambient", "inf"), ("--ambient", "0 to 10")),
+    (("--light-turn", "360"), ("--light-turn", "-180 to 180")),
+    (("--light-gain", "nan"), ("--light-gain", "0 to 10")),
+    (("--light-coefficients", "1,2,3"), ("'1,2,3'", "27 numbers")),
+    (("--light-coefficients", ",".join(["nan"] * 27)), ("27 numbers", "-100 to 100")),
+    (("--light-coefficients", ",".join(["101"] * 27)), ("27 numbers", "-100 to 100")),
+    (("--light-coefficients", "sun.json"), ("'sun.json'", "JSON file")),
+    (("--light-from", "nobody.jpg"), ("nobody.jpg does not exist",)),
+    (("--light", "0,0", "--light-from", sys.executable), ("is not a picture",)),
+    (("--light", "0,0", "--light-coefficients", ",".join(["1"] * 27)), ("replace the light", "one of them")),
+    (("--ambient", "1", "--light-coefficients", ",".join(["1"] * 27)), ("replace the light", "one of them")),
+    (("--jaw", "90"), ("--jaw", "-10 to 45")),
+    (("--head", "nobody"), ('"nobody"', "caphuman head add")),
+    (("--fit", "stretch"), ("'stretch'", "squash")),
+    (("--face", "0"), ("'0'", "1 to 1000")),
+    (("--pose-code", "nobody.json"), ("cannot read nobody.json",)),
+    (("--pose-code", "nobody.png"), ("nobody.png does not exist",)),
+    (("--pose", "a.png", "--pose-code", "b.png"), ("--pose-code", "not allowed with")),
+    (("--modes", "pose"), ("--modes pose", "add --pose or --pose-code")),
     (("--seed", "-1"), ("seed is -1", "expected 0 to")),
     (("--seed", 2**63), (str(2**63), "expected 0 to")),
     (("--seed", 2**63 - 1, "--count", 2), (str(2**63), "expected 0 to")),
@@ -140,6 +183,34 @@ def test_exif_turns_a_photo_upright_to_the_pixel(astronaut, upright, folder, tmp
 def test_a_control_out_of_range_is_named_with_what_was_expected(generate_refused, photo, flags, words):
     message = generate_refused(photo, *flags)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ("", "holds no head"), ("{", "not JSON"), ("[" * 100_000, "not JSON"), ("[1, 2]", "holds no head"),
+    ('{"head": 5}', "not the numbers of a head"), ('{"head": {"pose": [0, 0, 0]}}', "not the numbers of a head"),
+    ("{}" + " " * 1_000_000, "at most 1000000"), (b"\xff\xfe\x00", "no text")])
+def test_a_strangers_pose_code_is_refused(generate_refused, photo, tmp_path, content, words):
+    path = tmp_path / "head.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = generate_refused(photo, "--pose-code", path)
+    assert f"{path}" in message and words in message
+
+
+def test_a_pose_code_with_strange_numbers_is_refused(generate_refused, photo, tmp_path):
+    numbers = HeadCode.neutral(load_head().layout).numbers()
+    for name, value in (("pose", [float("nan")] * 6), ("camera", [1, 2]), ("identity", "me"), ("crop", 5)):
+        (tmp_path / "head.json").write_text(json.dumps({"head": numbers | {name: value}}))
+        assert f"head.json: the head's {name}" in generate_refused(photo, "--pose-code", tmp_path / "head.json")
+
+
+def test_a_photo_holds_no_pose_code(generate_refused, photo):
+    assert f"{photo} holds no head" in generate_refused(photo, "--pose-code", photo)
+
+
+@pytest.mark.parametrize("content", ["[1, 2, 3]", "{}", '"sun"', "[[1, [2]]]", "27"])
+def test_light_that_is_not_27_numbers_is_refused(generate_refused, photo, tmp_path, content):
+    (tmp_path / "light.json").write_text(content)
+    assert "27 numbers" in generate_refused(photo, "--light-coefficients", tmp_path / "light.json")
 
 
 def test_an_unknown_mode_is_named(generate_refused, photo):
@@ -179,6 +250,14 @@ def test_a_result_never_replaces_a_photo_or_another_result(refusal, photo, folde
 def test_a_preview_never_replaces_its_photo(refusal, photo, folder):
     shutil.copy(photo, folder / "albedo.png")
     assert "albedo.png is also a photo" in refusal("preview", "albedo.png", "--out-dir", ".")
+    assert "albedo.png is also a photo" in refusal("preview", photo, "--light-from", "albedo.png", "--out-dir", ".")
+    assert "albedo.png is also a photo" in refusal("preview", photo, "--pose-code", "albedo.png", "--out-dir", ".")
+
+
+def test_raw_maps_go_to_a_numpy_file_alone(refusal, photo, folder):
+    assert "'maps.png' is not named .npy" in refusal("preview", photo, "--raw", "maps.png")
+    (folder / "file").write_text("no folder")
+    assert "file" in refusal("preview", photo, "--raw", "file/maps.npy")
 
 
 def test_a_sampler_that_the_bundle_was_not_made_for_is_refused(generate_refused, photo, monkeypatch):

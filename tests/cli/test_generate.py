@@ -1,5 +1,6 @@
 """`caphuman generate` and `caphuman preview`: the files they write and what those tell of themselves."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from caphuman_edge.runtime.bundle import Bundle
+from caphuman_edge.runtime.head import OPEN_HEAD, directional_light
 from caphuman_edge.runtime.image import load_photo
 
 QUICK = "--steps", 1, "--renderer", "numpy"
@@ -62,10 +64,10 @@ def test_only_a_file_that_is_named_is_overwritten(caphuman, refusal, photo, fold
 def test_preview_writes_the_maps_and_a_contact_sheet(caphuman, photo, folder):
     done = caphuman("preview", "--photo", photo, "--yaw", 30, "--out-dir", "maps", "--renderer", "numpy", "--json")
     report = json.loads(done.out)
-    names = ["normal.png", "albedo.png", "rendered.png", "contact_sheet.png"]
+    names = ["faces.png", "normal.png", "albedo.png", "rendered.png", "contact_sheet.png"]
     assert sorted(path.name for path in (folder / "maps").iterdir()) == sorted(names)
     assert report["files"] == [f"maps/{name}" for name in names]
-    assert report["head"]["angles"][0] == pytest.approx(30, abs=0.1)
+    assert report["controls"]["angles"][0] == pytest.approx(30, abs=0.1)
     (face,) = report["faces"]
     assert 170 < face["left"] < face["right"] < 280 and 60 < face["top"] < face["bottom"] < 230  # where she is
 
@@ -91,12 +93,110 @@ def test_a_pose_photo_turns_the_head_and_sliders_go_on_top(caphuman, photo, astr
 
     def angles(*flags):
         done = caphuman("preview", "--photo", photo, *flags, "--out-dir", "maps", "--renderer", "numpy", "--json")
-        return json.loads(done.out)["head"]["angles"]
+        return json.loads(done.out)["controls"]["angles"]
 
     own = angles("--pose", mirrored, "--modes", "lighting")
     yaw, _, roll = angles("--pose", mirrored, "--yaw", 20)
     assert yaw == pytest.approx(20, abs=0.2)
     assert roll == pytest.approx(10 - own[2], abs=3)
+
+
+@pytest.fixture
+def previewed(caphuman, photo, folder):
+    """Runs `preview` on the photo with these flags; gives its report and what is drawn, as the network reads it."""
+
+    def run(*flags):
+        done = caphuman("preview", photo, *flags, "--raw", "maps.npy", "--renderer", "numpy", "--json")
+        assert done.code == 0, done.err
+        return json.loads(done.out), np.load(folder / "maps.npy", allow_pickle=False)
+
+    return run
+
+
+def test_raw_maps_are_what_the_network_reads(previewed, folder):
+    report, maps = previewed("--yaw", 20)
+    config = Bundle.open().config
+    assert maps.shape == (9, config.height, config.width) and maps.dtype == np.float32
+    assert maps[:3].min() < -0.1 and "maps.npy" in report["files"]
+    rendered = load_photo(folder / "preview" / "rendered.png").transpose(2, 0, 1)
+    np.testing.assert_allclose(rendered / 255, maps[6:].clip(0, 1), atol=0.003)
+
+
+def test_a_pose_photos_faces_are_drawn_too(previewed, photo, folder):
+    report, _ = previewed("--pose", photo)
+    assert "preview/pose_faces.png" in report["files"] and len(report["pose_faces"]) == 1
+    assert load_photo(folder / "preview" / "pose_faces.png").shape == (512, 512, 3)
+
+
+def test_a_portrait_or_a_preview_gives_its_head_to_another_photo(caphuman, previewed, photo, folder):
+    report, turned = previewed("--yaw", 35, "--expression", "smile=1", "--light", "60,0")
+    (folder / "head.json").write_text(json.dumps(report))
+    caphuman("generate", photo, "--yaw", 35, "--expression", "smile=1", "--light", "60,0", "--out", "me.png", *QUICK)
+    for source in ("head.json", "me.png"):
+        told, again = previewed("--pose-code", source, "--modes", "all")
+        assert np.isclose(again, turned, atol=2e-3).mean() > 0.999  # numbers have six digits: an edge may move
+        assert told["controls"]["modes"] == "all"
+        told, _ = previewed("--pose-code", source, "--modes", "pose")
+        assert told["head"]["expression"] != report["head"]["expression"]
+        assert told["controls"]["angles"] == report["controls"]["angles"]
+
+
+def test_a_pose_photo_with_all_modes_gives_the_light_as_light_from_does(previewed, astronaut, tmp_path):
+    mirrored = tmp_path / "mirrored.png"
+    astronaut.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mirrored)
+    own, posed, lit = (previewed(*flags)[0]["head"] for flags in
+                       ((), ("--pose", mirrored, "--modes", "lighting"), ("--light-from", mirrored)))
+    assert posed == lit and lit["light"] != own["light"] and lit["pose"] == own["pose"]
+
+
+def test_every_part_of_the_light_can_be_set(previewed, folder):
+    lamp = directional_light(40.0, 10.0, strength=0.9, ambient=0.2, colour=(1.0, 128 / 255, 0.0))
+    flags = "--light", "40,10", "--light-strength", 0.9, "--ambient", 0.2
+    for colour in ("#ff8000", f"1,{128 / 255},0"):
+        report, _ = previewed(*flags, "--light-colour", colour)
+        np.testing.assert_allclose(report["head"]["light"], lamp, atol=1e-5)
+    (folder / "rows.json").write_text(json.dumps(lamp.tolist()))
+    for numbers in (",".join(map(str, lamp.ravel())), "rows.json"):
+        report, _ = previewed("--light-coefficients", numbers)
+        np.testing.assert_allclose(report["head"]["light"], lamp, atol=1e-5)
+    report, _ = previewed("--light", "10,10", "--light-strength", 0.45, "--ambient", 0.1, "--light-colour", "#ff8000",
+                          "--light-turn", 30, "--light-gain", 2)
+    np.testing.assert_allclose(report["head"]["light"], lamp, atol=1e-5)
+
+
+def test_without_light_flags_the_photos_own_light_stays_and_can_be_edited(previewed):
+    own, turned = (previewed(*flags)[0]["head"]["light"] for flags in ((), ("--light-turn", -90)))
+    assert own != turned
+    np.testing.assert_allclose(turned[2], own[2], atol=1e-5)  # what comes from above turns about itself
+
+
+def test_another_head_is_drawn_with_a_notice_that_the_bundle_does_not_know_it(caphuman, photo, folder):
+    shutil.copy(OPEN_HEAD, folder / "mine.npz")
+    for head, notices in (("open", 0), ("mine.npz", 1)):
+        done = caphuman("preview", photo, "--head", head, "--renderer", "numpy", "--out-dir", head.partition(".")[0])
+        assert done.code == 0 and done.err.count("was trained with the head it brings along") == notices
+    assert (folder / "open" / "albedo.png").read_bytes() == (folder / "mine" / "albedo.png").read_bytes()
+
+
+def test_the_jaw_opens_by_degrees(previewed):
+    shut, opened = (previewed("--jaw", jaw) for jaw in (0, 20))
+    assert np.degrees(opened[0]["head"]["pose"][3]) == pytest.approx(20, abs=1e-3)
+    changed = np.abs(opened[1] - shut[1]).max(axis=0) > 0.1
+    assert not changed[:len(changed) // 3].any() and changed[len(changed) * 2 // 3:].any()
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+def test_fit_decides_what_the_frame_shows(previewed, photo, astronaut, tmp_path, fit):
+    wide = tmp_path / "wide.png"
+    canvas = Image.new("RGB", (1024, 512), "grey")
+    canvas.paste(astronaut, (0, 0))
+    canvas.save(wide)
+    report, maps = previewed("--pose", wide, "--modes", "position", "--fit", fit)
+    rows, columns = (np.flatnonzero(maps[:3].any(axis=0).any(axis=axis)) for axis in (1, 0))
+    height, width = np.ptp(rows) / len(maps[0]), np.ptp(columns) / len(maps[0, 0])
+    assert report["controls"]["fit"] == fit
+    tall, square = {"crop": (0.5, 1), "pad": (0.25, 1), "squash": (0.5, 0.5)}[fit]
+    assert height == pytest.approx(tall * 0.9, rel=0.35) and width / height == pytest.approx(0.7 * square, rel=0.3)
 
 
 def test_a_terminal_sees_a_bar_of_the_steps(caphuman, photo, monkeypatch):

@@ -3,16 +3,19 @@ import numpy as np
 
 from caphuman_edge.runtime.perception import FaceBox, FaceLandmarks
 from caphuman_edge.runtime.sheet import (
+    CHOSEN,
     EDGE,
     GAP,
     LABEL_HEIGHT,
     MARK,
+    OVERLAY,
     PAPER,
     Tile,
-    boxes_tile,
     contact_sheet,
     landmarks_tile,
     map_pictures,
+    numbered_faces,
+    overlay_tile,
 )
 
 
@@ -51,11 +54,38 @@ def test_normals_are_shown_around_grey_and_colours_are_clipped():
     assert [pictures[name][0, 0].tolist() for name in pictures] == [[0, 128, 255], [51, 102, 153], [0, 128, 255]]
 
 
-def test_boxes_and_landmarks_are_drawn_where_they_are():
-    box = FaceBox(100.0, 200.0, 300.0, 400.0, np.zeros((6, 2), np.float32), 1.0)
-    tile = boxes_tile(plain(0, 512, 512), [box]).pixels
-    np.testing.assert_array_equal(tile[[100, 200], [130, 120]], [MARK, MARK])
+def box(left: float, top: float, size: float) -> FaceBox:
+    return FaceBox(left, top, left + size, top + size, np.zeros((6, 2), np.float32), 1.0)
+
+
+def test_faces_are_framed_and_the_chosen_one_in_another_colour():
+    picture = numbered_faces(plain(0, 512, 512), [box(20.0, 200.0, 200.0), box(300.0, 260.0, 100.0)], chosen=2)
+    assert picture.shape == (EDGE, EDGE, 3)
+    np.testing.assert_array_equal(picture[[180, 180], [10, 150]], [MARK, CHOSEN])  # left edges, at half size
+
+
+def test_numbers_stay_readable_in_small_faces_and_inside_the_picture():
+    picture = numbered_faces(plain(0, 512, 512), [box(20.0, 0.0, 8.0), box(200.0, 200.0, 8.0)], chosen=1)
+    for rows, columns, colour in ((slice(0, 20), slice(8, 40), CHOSEN), (slice(85, 100), slice(98, 130), MARK)):
+        tag = (picture[rows, columns] == colour).all(axis=2)
+        assert tag.any(axis=1).sum() >= 9  # px high
+
+
+def test_landmarks_are_drawn_where_they_are_in_the_frames_proportions():
     points = np.zeros((478, 3), np.float32)
     points[7] = 300, 200, 9
-    tile = landmarks_tile(plain(0, 512, 512), FaceLandmarks(points, 1.0, np.zeros(52, np.float32))).pixels
+    face = FaceLandmarks(points, 1.0, np.zeros(52, np.float32))
+    tile = landmarks_tile("points", plain(0, 512, 512), face, 1.0).pixels
     assert {tuple(place) for place in np.argwhere(tile[..., 1])} == {(0, 0), (100, 150)}
+    squashed = landmarks_tile("points", plain(0, 256, 512), face, 1.0).pixels
+    assert squashed.shape == (EDGE, EDGE, 3) and squashed[200, 150, 1]
+    assert landmarks_tile("points", plain(0, 256, 512), face, 2.0).pixels.shape == (EDGE // 2, EDGE, 3)
+
+
+def test_a_head_lies_over_its_photo_and_nowhere_else():
+    maps = np.zeros((9, 32, 32), np.float32)
+    maps[2, :16] = maps[6:, :16] = 1
+    tile = overlay_tile("fit", plain(100), maps).pixels
+    assert tile.shape == (32, 32, 3)
+    np.testing.assert_array_equal(tile[16:], 100)
+    np.testing.assert_array_equal(tile[:16], round(100 + OVERLAY * 155))

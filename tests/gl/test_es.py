@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from ctypes.util import find_library
+from importlib.resources import files
 
 import pytest
 
@@ -21,9 +22,11 @@ def test_the_reference_compiler_accepts_and_links_them(tmp_path, dialect):
     validator = shutil.which("glslangValidator")
     if not validator:
         pytest.skip("glslangValidator is not installed: apt-get install glslang-tools")
-    for stage in ("vert", "frag"):
-        (tmp_path / f"maps.{stage}").write_text(shaders.load(f"maps.{stage}", dialect))
-    done = subprocess.run([validator, "-l", "maps.vert", "maps.frag"], cwd=tmp_path, capture_output=True, text=True)
+    names = sorted(path.name.removesuffix(".glsl") for path in files(shaders).iterdir() if path.suffix == ".glsl")
+    assert names == ["maps.frag", "maps.vert"]  # one program; another would be linked by itself
+    for name in names:
+        (tmp_path / name).write_text(shaders.load(name, dialect))
+    done = subprocess.run([validator, "-l", *names], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "WARNING" not in done.stdout
 

@@ -57,6 +57,18 @@ def test_each_draw_forgets_the_one_before(renderer, ball, assert_same_maps):
     np.testing.assert_array_equal(renderer.render_maps(ball, 128, 128), first)
 
 
+@pytest.mark.parametrize("shift", [(-1, 0), (-0.5, -0.5), (0, 0.6), (0.3, 0)])  # the ball's middle is (0.5, 0.1)
+def test_a_mesh_over_the_borders_is_drawn_up_to_them(renderer, ball, assert_same_maps, shift):
+    moved = dataclasses.replace(ball, screen=ball.screen + np.float32([*shift, 0]))
+    assert_same_maps(renderer.render_maps(moved, 96, 128), render_maps(moved, 96, 128))
+
+
+def test_a_mesh_beyond_the_frame_leaves_the_background(renderer, ball):
+    renderer.render_maps(ball, 32, 32)
+    beyond = dataclasses.replace(ball, screen=ball.screen + np.float32([0, 3, 0]))
+    assert not renderer.render_maps(beyond, 32, 32).any()
+
+
 def test_a_mesh_without_faces_leaves_the_background(renderer, ball):
     renderer.render_maps(ball, 32, 32)
     nothing = dataclasses.replace(ball, faces=ball.faces[:0], face_uv=ball.face_uv[:0])

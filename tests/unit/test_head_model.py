@@ -1,10 +1,12 @@
 """The open head as it ships, and what is refused in its place."""
+import io
+import zipfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from caphuman_edge.runtime.errors import BundleError
+from caphuman_edge.runtime.errors import BundleError, ShapeMismatch
 from caphuman_edge.runtime.head import OPEN_HEAD, HeadCode, head_from_arrays, load_head
 from caphuman_edge.runtime.perception.landmarks import BLENDSHAPES
 
@@ -81,6 +83,16 @@ def test_mean_texture_is_a_colour_and_coefficients_change_it(head):
     np.testing.assert_allclose(head.texture(code) - mean, head.texture_basis[0], atol=1e-6)
 
 
+def test_a_texture_is_made_anew_only_for_other_coefficients(head):
+    neutral = HeadCode.neutral(head.layout)
+    first = head.texture(neutral)
+    assert head.texture(neutral.posed(yaw=30.0)) is first
+    assert not first.flags.writeable
+    other = head.texture(replace(neutral, texture=np.ones(len(head.texture_basis))))
+    assert not np.array_equal(other, first)
+    np.testing.assert_array_equal(head.texture(neutral), first)
+
+
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 truncated"])
 def test_a_damaged_file_is_one_clear_error(tmp_path, content):
     path = tmp_path / "head.npz"
@@ -117,8 +129,56 @@ def test_a_missing_array_is_named(name):
     ("ft", np.zeros((9, 3), np.uint16)),
     ("v_template", np.full((3, 3), np.nan, np.float32)),
     ("identity_count", np.array(500)),
+    ("identity_count", np.array(-2)),
+    ("identity_count", np.array(80.0)),
     ("lmk_faces_idx", np.full(478, 60000, np.uint16)),
+    ("lmk_faces_idx", np.zeros(478)),
+    ("v_template", np.full((4832, 3), 1e300)),
+    ("v_template", np.full((4832, 3), 1j)),
+    ("v_template", np.full((4832, 3), "1")),
+    ("shapedirs_unit", np.full(10**4, 4e-6)),
+    ("shapedirs_unit", np.array("4e-6")),
+    ("texture_mean", np.zeros((256, 128, 3))),
+    ("texture_mean", np.zeros((0, 0, 3))),
+    ("f", np.zeros((0, 3), np.int32)),
+    ("kintree_table", np.zeros((2, 5), np.int32)),
+    ("dynamic_lmk_faces_idx", np.zeros((79, 17), np.int32)),
 ])
 def test_arrays_that_do_not_fit_together_are_refused(name, value):
     with pytest.raises(BundleError):
         head_from_arrays(open_head_arrays() | {name: value})
+
+
+def test_outlines_that_do_not_fit_are_refused():
+    places, weights = np.zeros((79, 17), np.int32), np.zeros((79, 17, 3))
+    head = head_from_arrays(open_head_arrays() | {"dynamic_lmk_faces_idx": places, "dynamic_lmk_bary_coords": weights})
+    assert head.contour_corners.shape == (79, 17, 3)
+    for wrong in (places[:5], places + 60000, places[:, :5]):
+        changed = {"dynamic_lmk_faces_idx": wrong, "dynamic_lmk_bary_coords": weights[:len(wrong)]}
+        with pytest.raises(BundleError, match="outlines|outside|dynamic_lmk_bary_coords"):
+            head_from_arrays(open_head_arrays() | changed)
+
+
+def test_a_head_without_outlines_has_no_68_landmarks(head):
+    with pytest.raises(ShapeMismatch, match="478 landmarks and no outline of 17"):
+        head.landmarks68(head.template, np.eye(3, dtype=np.float32))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((10**7, 3), "<f8"), ((10**12, 3, 0), "<f4"), ((4,), "<U90000000")])
+def test_an_archive_that_unpacks_to_gigabytes_is_refused_unread(tmp_path, monkeypatch, shape, dtype):
+    """Zeros pack to a thousandth: the header alone says what is coming."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(tmp_path / "head.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("f.npy", header.getvalue())
+        archive.writestr("v_template.npy", header.getvalue() + bytes(100_000))
+        archive.writestr("shapedirs.npy", header.getvalue())
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *_, **__: pytest.fail("an array was unpacked"))
+    with pytest.raises(BundleError, match=r"head\.npz is no head model, or is damaged \(it claims to hold"):
+        load_head(tmp_path / "head.npz")
+
+
+def test_what_a_head_file_holds_besides_is_left_alone(tmp_path):
+    path = tmp_path / "head.npz"
+    np.savez(path, **open_head_arrays(), surprise=np.array([{"an": "object"}], dtype=object))
+    assert len(load_head(path).template) == 4832

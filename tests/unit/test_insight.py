@@ -6,8 +6,10 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from caphuman_edge.runtime.errors import BadInput, FaceError, MissingExtra
+from caphuman_edge.runtime import Bundle, Pipeline
+from caphuman_edge.runtime.errors import BadInput, MissingExtra
 from caphuman_edge.runtime.perception.insight import PACK_VARIABLE, InsightFace
+from caphuman_edge.runtime.perception.landmarks import FaceLandmarks
 
 IMAGE = np.arange(90, dtype=np.uint8).reshape(5, 6, 3)
 BOXES = np.array([[10, 20, 30, 60, 0.7], [100, 100, 200, 160, 0.9]], np.float32)
@@ -23,6 +25,7 @@ class Pack:
         assert Path(folder).is_dir()
         assert allowed_modules == ["detection", "recognition"]
         self.det_model = SimpleNamespace(detect=self.detect)
+        self.models = {"recognition": SimpleNamespace(get=self.embed)}
 
     def prepare(self) -> None:
         pass
@@ -31,9 +34,10 @@ class Pack:
         np.testing.assert_array_equal(image, IMAGE[..., ::-1])
         return self.boxes, POINTS[:len(self.boxes)]
 
-    def get(self, image: np.ndarray) -> list[SimpleNamespace]:
+    def embed(self, image: np.ndarray, face: SimpleNamespace) -> np.ndarray:
         np.testing.assert_array_equal(image, IMAGE[..., ::-1])
-        return [SimpleNamespace(bbox=box[:4], normed_embedding=np.eye(3)[k]) for k, box in enumerate(self.boxes)]
+        np.testing.assert_array_equal(face.kps[2], [7, 8])
+        return np.array([3.0, 4.0])
 
 
 @pytest.fixture
@@ -52,12 +56,12 @@ def pack(tmp_path) -> Path:
 
 def test_without_the_package_the_message_says_how_to_install_it(monkeypatch, pack):
     monkeypatch.setitem(sys.modules, "insightface", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'caphuman-edge\[insightface\]'"):
+    with pytest.raises(MissingExtra, match=r"non-commercial research only.*pip install 'caphuman-edge\[insightface\]'"):
         InsightFace(pack)
 
 
 def test_without_a_pack_the_message_names_the_licence_and_the_ways_to_get_one(installed, tmp_path):
-    with pytest.raises(BadInput, match=f"non-commercial research only.*fetches one.*{PACK_VARIABLE}"):
+    with pytest.raises(BadInput, match=f"non-commercial research only.*fetch one.*{PACK_VARIABLE}"):
         InsightFace(tmp_path)
 
 
@@ -74,15 +78,16 @@ def test_boxes_are_squares_and_the_largest_comes_first(installed, pack):
     assert large.score == pytest.approx(0.9)
 
 
-def test_identity_is_that_of_the_largest_face(installed, pack):
-    np.testing.assert_array_equal(InsightFace(pack).identity(IMAGE), [0, 1, 0])
+def test_identity_is_of_unit_length_and_of_the_measured_face(installed, pack):
+    points = np.zeros((478, 3), np.float32)
+    points[4] = 7, 8, 9  # the nose tip
+    face = FaceLandmarks(points, 1.0, np.zeros(52, np.float32))
+    np.testing.assert_allclose(InsightFace(pack).identity(IMAGE, face), [0.6, 0.8])
 
 
-def test_a_picture_without_a_face_has_no_identity(installed, pack, monkeypatch):
+def test_a_picture_without_a_face_has_no_boxes(installed, pack, monkeypatch):
     monkeypatch.setattr(Pack, "boxes", BOXES[:0])
     assert InsightFace(pack).detect(IMAGE) == []
-    with pytest.raises(FaceError, match="no face to compare"):
-        InsightFace(pack).identity(IMAGE)
 
 
 def test_the_real_package_finds_the_astronaut_and_knows_her_mirrored():
@@ -96,5 +101,7 @@ def test_the_real_package_finds_the_astronaut_and_knows_her_mirrored():
     photo = data.astronaut()
     (box,) = faces.detect(photo)
     assert 150 < (box.left + box.right) / 2 < 300
-    mirrored = np.ascontiguousarray(photo[:, ::-1])
-    assert faces.identity(photo) @ faces.identity(mirrored) > 0.6
+    with Pipeline(Bundle.open(), renderer="numpy") as pipe:
+        alike = [faces.identity(picture, pipe.see.landmarks(picture, faces.detect(picture)[0]))
+                 for picture in (photo, np.ascontiguousarray(photo[:, ::-1]))]
+    assert alike[0] @ alike[1] > 0.6

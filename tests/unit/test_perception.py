@@ -1,4 +1,6 @@
 """Perception without networks: geometry, box decoding and the choice of a face."""
+import warnings
+
 import numpy as np
 import pytest
 
@@ -96,15 +98,38 @@ def test_windows_are_tried_only_when_the_whole_picture_shows_no_face():
     assert all(call.shape == (1, 128, 128, 3) and call.min() == -1 for call in calls)
 
 
+def test_small_faces_beside_a_large_one_are_looked_for_only_when_asked():
+    image = np.zeros((512, 512, 3), np.uint8)
+    image[384:, 384:] = 255
+    centre = int(np.argmin(np.abs(anchors() - 0.5).sum(axis=1)))
+
+    def detector(feed):
+        """Sees a face in the whole picture, of which the white corner is a 16th, and in the white corner alone."""
+        white = (feed["image"] > 0).mean()
+        return detector_answer(*[(centre, 0.9)] if white == 1 or 0.05 < white < 0.07 else [])(feed)
+
+    (large,) = detect_faces(image, detector)
+    first, small = detect_faces(image, detector, every=True)
+    assert (first.left, first.right) == (large.left, large.right) and large.right - large.left == pytest.approx(256)
+    assert small.right - small.left == pytest.approx(64) and small.left > 384 and small.top > 384
+
+
 def test_the_largest_face_is_selected_when_it_stands_out():
     boxes = [box(0, 100), box(200, 50)]
     assert select_face(boxes) is boxes[0]
     assert select_face(boxes, 2) is boxes[1]
 
 
-def test_several_comparable_faces_need_a_choice():
-    with pytest.raises(FaceError, match="2 faces .* --face N"):
-        select_face([box(0, 100), box(200, 80)])
+def test_of_several_comparable_faces_the_largest_is_taken_with_a_notice():
+    boxes = [box(0, 100), box(200, 80)]
+    with pytest.warns(UserWarning, match="2 faces .* --face N"):
+        assert select_face(boxes) is boxes[0]
+
+
+@pytest.mark.parametrize(("boxes", "number"), [([100, 50], None), ([100, 80], 1), ([100, 80], 2)])
+def test_a_clear_choice_needs_no_notice(boxes, number):
+    with warnings.catch_warnings(action="error"):
+        select_face([box(200 * k, edge) for k, edge in enumerate(boxes)], number)
 
 
 def test_a_face_number_out_of_range_is_named():

@@ -1,0 +1,70 @@
+"""Numbers that stand in files: the head of an earlier run, and light coefficients. Others may have written them."""
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput
+from ..image import read_metadata
+
+LARGEST_FILE = 1_000_000  # bytes; a head's numbers are a few thousand
+LIGHT_COEFFICIENTS, LARGEST_COEFFICIENT = 27, 100.0
+
+
+def head_numbers(path: Path) -> object:
+    """A head as `HeadCode.numbers` wrote it: out of what `preview --json` printed, or out of a portrait's recipe."""
+    report = _parsed(path, read_metadata(path, "caphuman") if path.suffix.lower() == ".png" else _text(path))
+    if not isinstance(report, dict) or "head" not in report:
+        raise BadInput(f"{path} holds no head, expected what 'caphuman preview --json' printed, or a portrait that "
+                       "'caphuman generate' made")
+    return report["head"]
+
+
+def light_coefficients(text: str) -> list[float]:
+    """27 numbers, of nine harmonics red, green and blue: separated by commas, or in a JSON file, in rows or not."""
+    if os.path.isfile(text):  # no Path: its is_file raises where 27 numbers are too long for a name
+        try:
+            values = _flat(_parsed(Path(text), _text(Path(text))))
+        except BadInput as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    else:
+        values = [_number(part) for part in text.split(",")]
+    if len(values) != LIGHT_COEFFICIENTS or not all(abs(value) <= LARGEST_COEFFICIENT for value in values):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {LIGHT_COEFFICIENTS} numbers with commas between, or a "
+                                         f"JSON file of them, each from {-LARGEST_COEFFICIENT:g} to "
+                                         f"{LARGEST_COEFFICIENT:g}")
+    return values
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise BadInput(f"{path} has {path.stat().st_size} bytes, expected at most {LARGEST_FILE}; check the path")
+        return path.read_text("utf-8-sig")  # which PowerShell writes
+    except OSError as error:
+        raise BadInput(f"cannot read {path} ({error.strerror or error}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is no text, expected JSON") from error
+
+
+def _parsed(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text or "null")
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not JSON that can be read ({str(error)[:80]}); write it again") from error
+
+
+def _flat(values: Any) -> list[float]:
+    """The numbers of a list, or of a list of lists; NaN for what is none."""
+    parts = values if isinstance(values, list) else [values]
+    rows = [part if isinstance(part, list) else [part] for part in parts]
+    return [_number(value) for row in rows for value in row]
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value) if isinstance(value, (str, int, float)) else math.nan
+    except (ValueError, OverflowError):
+        return math.nan
