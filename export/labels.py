@@ -217,7 +217,9 @@ def _progress(items: Iterable[Item], count: float) -> Iterator[Item]:
 @cache
 def _perception(folder: Path) -> Perception:
     load = open_backend("ort").load
-    return Perception(**{name: load(folder / name / "model.onnx", threads=1) for name in PERCEPTION_GRAPHS})
+    detector, landmarks, blendshapes, identity = (load(folder / name / "model.onnx", threads=1)
+                                                  for name in PERCEPTION_GRAPHS)
+    return Perception(detector, landmarks, blendshapes, identity)
 
 
 @cache
