@@ -8,7 +8,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find caphuman_ref export quant
 # The demo's photo lies in scikit-image's wheel; .cache may hold wheels of other versions and other Pythons.
 WHEELS := .cache/scikit_image-$(shell sed -n 's/^scikit-image==//p' constraints.txt)-*.whl
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-weights lint clean
 
 # A portrait from the embedded bundle, with what a user needs and no more.
 demo: $(VENV)/.demo
@@ -19,6 +19,12 @@ demo: $(VENV)/.demo
 # The suites run against an installed copy, so that a file missing from the wheel fails them.
 test: lint
 	$(BIN)/python -m pytest
+
+# The official perception networks with their published weights, fetched and pinned by hash, on real photos.
+test-weights: $(VENV)/.test
+	$(BIN)/python -m caphuman_edge.export.official --out .cache/official --downloads .cache/weights --fetch
+	OFFICIAL_GRAPHS_DIR=.cache/official CAPHUMAN_DOWNLOADS=.cache/weights \
+		$(BIN)/python -m pytest $(wildcard tests/backends/test_official_*.py)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

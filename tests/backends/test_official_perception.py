@@ -1,7 +1,7 @@
 """MTCNN, BiSeNet and FaceNet with their real weights, as `export.official` writes them, on real photographs.
 
-OFFICIAL_GRAPHS_DIR names the folder with the graphs, FACES_DIR one with the generated faces NNNNN.jpg. The expected
-boxes are facenet-pytorch 2.6.0's own, on the same pictures.
+OFFICIAL_GRAPHS_DIR names the folder with the graphs, FACES_DIR one with the held-out faces or their archives; `make
+test-weights` sets both up. The expected boxes are facenet-pytorch 2.6.0's own, on the same pictures.
 """
 import json
 import os
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytest.importorskip("benchmarks", reason="runs from a checkout: python -m pytest")
+from benchmarks.heldout import Pictures
 from caphuman_edge.runtime.backends import ort
 from caphuman_edge.runtime.contract import FULL, PERCEPTION_GRAPHS
 from caphuman_edge.runtime.head import HeadFitter, load_head
@@ -21,7 +23,6 @@ from caphuman_edge.runtime.perception.mtcnn import mtcnn_faces
 
 EMBEDDED = Path(__file__).parents[2] / "runtime/data/nano"
 OFFICIAL = Path(os.environ.get("OFFICIAL_GRAPHS_DIR", ""))
-FACES = Path(os.environ.get("FACES_DIR", ""))
 MTCNN = ("mtcnn_pnet", "mtcnn_rnet", "mtcnn_onet")
 NEEDED = ("id_encoder", "parser", *MTCNN)
 EXPECTED = json.loads((Path(__file__).parent / "mtcnn_expected.json").read_text())
@@ -49,9 +50,9 @@ def load(folder: Path, name: str):
 def photo(name: str) -> np.ndarray:
     if name == "astronaut.png":
         return pytest.importorskip("skimage.data").astronaut()
-    if not (FACES / name).exists():
+    if not os.environ.get("FACES_DIR"):
         pytest.skip(f"{name} is not at hand; set FACES_DIR")
-    return np.array(Image.open(FACES / name).convert("RGB"))
+    return Pictures(Path(os.environ["FACES_DIR"])).read(Path(name).stem)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
