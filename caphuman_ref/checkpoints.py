@@ -3,7 +3,9 @@
 Pickled checkpoints are read with torch's weights-only unpickler, so a file cannot run code.
 """
 import pickle
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +26,10 @@ UNREAD_SUFFIXES = (".position_ids", ".num_batches_tracked")  # there or not, by 
 TRAINING_PREFIXES = ("model_ema.", "loss.")  # second copies and discriminators of published SD and VAE files
 FOREIGN_PACKAGE = "pytorch_lightning."  # its class names occur beside the weights in SD 1.x files
 NAMES_SHOWN = 5
+MOST_WRAPPED = 4  # a file may name itself as its own `state_dict`
+# What torch was seen to raise on damaged files: they share no base class.
+DAMAGE = (pickle.UnpicklingError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError,
+          OverflowError, RuntimeError, TypeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error)
 POSE_PREFIX = "control_model."  # of published ControlNets
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -54,9 +60,10 @@ def read_checkpoint(path: Path, part: str | None = None) -> dict[str, Tensor]:
         if not isinstance(content, Mapping) or part not in content:
             raise CheckpointError(f"{path} holds no network {part}, expected one; pass the official file")
         content = content[part]
-    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    for _ in range(MOST_WRAPPED):
+        if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+            content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(_is_plain(*item) for item in content.items()):
         raise CheckpointError(f"{path} holds no plain table of tensors, expected one; pass a model's checkpoint")
     return {name: value for name, value in content.items() if not is_leftover(name)}
 
@@ -104,6 +111,12 @@ def without_prefix(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
 
+def _is_plain(name: object, value: object) -> bool:
+    """Whether an entry is a name and numbers that can be copied into a network."""
+    return (isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
+            and not value.is_meta and not value.is_complex())
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
@@ -112,12 +125,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> object:
-    zipped = zipfile.is_zipfile(path)  # files from before PyTorch 1.6 are not: BiSeNet's, MTCNN's
     try:
+        zipped = zipfile.is_zipfile(path)  # files from before PyTorch 1.6 are not: BiSeNet's, MTCNN's
         with torch.serialization.safe_globals(_foreign_names(path) if zipped else []):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+    except DAMAGE as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if isinstance(error, pickle.UnpicklingError):  # torch would advise to read it unsafely
+            reason = "it holds more than tensors, or is damaged"
         raise CheckpointError(f"{path} cannot be read as weights ({reason}), expected a PyTorch checkpoint; "
                               "convert it to .safetensors or download it again") from error
 

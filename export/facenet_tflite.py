@@ -44,8 +44,10 @@ def read_layers(content: bytes) -> Iterator[Layer]:
     for operator in graph.tables(3):
         if codes[operator.number(0, "<I")] in (CONVOLUTION, DENSE):
             _, weight, bias = (tensors[k] for k in operator.vector(1, "<i4"))
-            values = _values(weight, buffers)
-            yield values.transpose(0, 3, 1, 2) if values.ndim == 4 else values, _values(bias, buffers)
+            values, added = _values(weight, buffers), _values(bias, buffers)
+            if values.ndim not in (2, 4) or added.shape != values.shape[:1]:
+                raise ValueError(f"weights of shape {values.shape} with a bias of shape {added.shape}")
+            yield values.transpose(0, 3, 1, 2) if values.ndim == 4 else values, added
 
 
 def _named(network: FaceNet, layers: list[Layer], path: Path) -> dict[str, Tensor]:
@@ -75,6 +77,8 @@ def _values(tensor: "_Table", buffers: "list[_Table]") -> np.ndarray:
     values = stored.reshape(tensor.vector(0, "<i4")).astype(np.float32)
     quantisation = tensor.table(4)
     scale = quantisation.vector(2, "<f4") if quantisation else np.zeros(0)
+    if len(scale) > 1 and scale.shape != values.shape[:1]:
+        raise ValueError(f"{len(scale)} scales for weights of shape {values.shape}")
     return values * scale.reshape(-1, *[1] * (values.ndim - 1)) if len(scale) else values
 
 

@@ -6,6 +6,7 @@ MakeHuman's data comes out of a pinned wheel; `--landmarks` is the face landmark
 """
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from caphuman_edge.export.open_head_shapes import (
     HeadCut,
     cut_head,
     expression_basis,
+    flat_footed,
     identity_basis,
     joint_regressor,
     mean_head,
@@ -25,6 +27,7 @@ from caphuman_edge.export.open_head_shapes import (
 )
 from caphuman_edge.export.open_head_texture import Painting, lip_faces, paint, patch_of_face, unwrap
 from caphuman_edge.runtime.backends.ort import load as load_ort
+from caphuman_edge.runtime.head.model import HeadModel
 from caphuman_edge.runtime.head.storage import head_from_arrays
 from caphuman_edge.runtime.perception.landmarks import CROP_SIZE, roi_around
 from caphuman_edge.runtime.perception.warp import apply, square_to_image, warp
@@ -61,7 +64,7 @@ def build(source: MakeHuman, measure: Measure) -> Arrays:
     painting = paint(lips, None)
     for _ in range(ROUNDS):
         model = head_from_arrays(head | landmarks | _texture(painting))
-        faces, weights = embed_landmarks(model, skin, eyeballs, measure)
+        faces, weights = embed_landmarks(_without_foot(source, cut, model), skin, eyeballs, measure)
         landmarks = {"lmk_faces_idx": faces.astype(np.uint16), "lmk_bary_coords": weights.astype(np.float16)}
         painting = paint(lips, np.einsum("lk,lkc->lc", weights, model.face_uv[faces]))
     return head | landmarks | _texture(painting)
@@ -82,6 +85,14 @@ def landmark_network(path: Path) -> Measure:
         return np.asarray(points)
 
     return measure
+
+
+def _without_foot(source: MakeHuman, cut: HeadCut, model: HeadModel) -> HeadModel:
+    """The landmark network looks at the neck too: it shall always see the same one."""
+    template = flat_footed(model.template)
+    joints = joint_regressor(source, cut, template.astype(np.float64)).astype(np.float32)
+    drawn = cut.measured[model.faces].all(axis=1, keepdims=True)
+    return replace(model, template=template, joint_regressor=joints, faces=np.where(drawn, model.faces, 0))
 
 
 def _geometry(source: MakeHuman, cut: HeadCut, mean: Float64[np.ndarray, "v 3"]) -> Arrays:

@@ -29,6 +29,7 @@ FIRST_IRIS = 468
 INNER_LIPS = [78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308, 95, 88, 178, 87, 14, 317, 402, 318, 324]
 NEIGHBOURS = 48  # triangles examined for the nearest point
 BACKGROUND = 0.5
+MIRROR = np.array([-1.0, 1, 1])
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,19 @@ def _laid_over(points: Float64[np.ndarray, "478 3"]) -> Float64[np.ndarray, "468
 
 
 def _symmetrical(points: Float64[np.ndarray, "478 3"]) -> Float64[np.ndarray, "478 3"]:
-    """Average with the mirror image; the landmark model's own mean face tells which points are mirror twins."""
-    mirror = np.array([-1.0, 1, 1])
+    """Average with the mirror image."""
+    return np.asarray((points + points[_twins(points[FIRST_IRIS:])] * MIRROR) / 2)
+
+
+def mirror_twins(model: HeadModel) -> Int64[np.ndarray, "478"]:
+    """The landmark on the other side of the face for each landmark."""
+    return _twins(model.landmarks(model.template)[FIRST_IRIS:])
+
+
+def _twins(irises: Float[np.ndarray, "10 3"]) -> Int64[np.ndarray, "478"]:
+    """The landmark model's own mean face tells which points are mirror twins; the irises are not in it."""
     canonical = canonical_face()[:, :3]
-    irises = points[FIRST_IRIS:]
-    twins = np.concatenate([_nearest(canonical * mirror, canonical), FIRST_IRIS + _nearest(irises * mirror, irises)])
-    return np.asarray((points + points[twins] * mirror) / 2)
+    return np.concatenate([_nearest(canonical * MIRROR, canonical), FIRST_IRIS + _nearest(irises * MIRROR, irises)])
 
 
 def _nearest(points: Float[np.ndarray, "n 3"], among: Float[np.ndarray, "m 3"]) -> Int64[np.ndarray, "n"]:

@@ -7,15 +7,18 @@ head: that is the camera's work.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 
 from caphuman_edge.export.makehuman import MakeHuman
 
 PARTS = ("body", "helper-l-eye", "helper-r-eye", "helper-upper-teeth", "helper-lower-teeth", "helper-tongue")
 METRES = 0.1  # in a decimetre
-CROWN_TO_CUT = 2.6  # dm below the crown of the base mesh
+CROWN = 881  # a vertex on top of the head
+COLLAR = (1496, 8180)  # two neighbours on the ring of edges at the foot of the neck, from its nape to the figure's left
+NECK_MIDDLE = 14541  # a corner of the neck joint's cube: inside, a little above the collar
+CROWN_TO_FOOT = 2.6  # dm below the crown of the base mesh
 NECK_HALF_WIDTH = 0.9  # dm
-FLOOR = -0.108  # metres; what hangs below, at the cut's rim, is pressed up to this plane
+FOOT = -0.108  # metres; height of the root joint
 RACES, GENDERS = ("african", "asian", "caucasian"), ("female", "male")
 ANCESTRY_SIGMA, AGE_SIGMA, ASYMMETRY = 0.4, 0.2, 0.3
 SLIDER_SIGMA = {"head": 0.13, "forehead": 0.13, "eyebrows": 0.2, "eyes": 0.2, "nose": 0.2, "mouth": 0.2, "cheek": 0.2,
@@ -36,10 +39,11 @@ REGRESSED_FROM = 60  # vertices around a joint
 class HeadCut:
     """Which of MakeHuman's vertices the head keeps, and its triangles."""
 
-    kept: Int64[np.ndarray, "v"]  # indices into the body's vertices
+    kept: Int64[np.ndarray, "v"]  # indices into the body's vertices; those of the collar are in it twice
     faces: Int64[np.ndarray, "f 3"]  # indices into `kept`
     face_corners: Int64[np.ndarray, "f 3"]  # indices into MakeHuman's texture coordinates
     face_parts: Int64[np.ndarray, "f"]  # indices into PARTS
+    measured: Bool[np.ndarray, "v"]  # what identity, joints and landmarks are measured on; not the foot of the neck
     origin: Float64[np.ndarray, "3"]  # the joint between neck and head, dm
 
     def place(self, body: Float64[np.ndarray, "n 3"]) -> Offsets:
@@ -56,21 +60,27 @@ class HeadCut:
 
 
 def cut_head(source: MakeHuman) -> HeadCut:
-    """Keep face, skull and neck with eyes, teeth and tongue; split each quad into two triangles."""
-    quads = [_above_the_shoulders(source) if part == "body" else source.parts[part] for part in PARTS]
+    """Keep face, skull and neck with eyes, teeth and tongue; close the neck; split each quad into two triangles."""
+    skin = _skin(source)
+    quads = [skin if part == "body" else source.parts[part] for part in PARTS]
     parts = np.repeat(np.arange(len(PARTS)), [len(q) for q in quads])
     corners = np.concatenate(quads)
     triangles = np.concatenate([corners[:, [0, 1, 2]], corners[:, [0, 2, 3]]])
     kept, faces = np.unique(triangles[..., 0], return_inverse=True)
-    return HeadCut(kept, faces.reshape(-1, 3), triangles[..., 1], np.tile(parts, 2), source.joint("head"))
+    measured = ~np.isin(kept, np.setdiff1d(skin[..., 0], _above_the_foot(source)[..., 0]))
+    return HeadCut(kept % len(source.vertices), faces.reshape(-1, 3), triangles[..., 1], np.tile(parts, 2), measured,
+                   source.joint("head"))
 
 
 def mean_head(source: MakeHuman, cut: HeadCut) -> Offsets:
     """The young adult in the middle of MakeHuman's three ancestries and two genders, in metres."""
     adults = [source.target(f"macrodetails/{race}-{gender}-young") for race in RACES for gender in GENDERS]
-    mean = cut.place(source.vertices + np.mean(adults, axis=0))
-    mean[:, 1] = np.maximum(mean[:, 1], FLOOR)
-    return mean
+    return cut.place(source.vertices + np.mean(adults, axis=0))
+
+
+def flat_footed(mean: Float[np.ndarray, "v 3"]) -> Float[np.ndarray, "v 3"]:
+    """With the foot of the neck pressed flat, as the first open head ended: what is measured on it stays the same."""
+    return np.asarray(np.maximum(mean, np.array([-np.inf, FOOT, -np.inf], mean.dtype)))
 
 
 def identity_basis(source: MakeHuman, cut: HeadCut, mean: Offsets, components: int) -> Float64[np.ndarray, "v 3 n"]:
@@ -78,8 +88,8 @@ def identity_basis(source: MakeHuman, cut: HeadCut, mean: Offsets, components: i
 
     The front of the head counts fully, what lies behind it a quarter.
     """
-    weight = np.where(mean[:, 2] > 0.04, 1.0, 0.25)
-    sliders = np.stack([_in_register(offsets, mean, weight)
+    weight = np.where(mean[:, 2] > 0.04, 1.0, 0.25) * cut.measured
+    sliders = np.stack([_in_register(offsets, flat_footed(mean), weight)
                         for offsets in _ancestry_sliders(source, cut) + _local_sliders(source, cut)])
     weighted = (sliders * weight[:, None]).reshape(len(sliders), -1)
     mixtures = np.linalg.eigh(weighted @ weighted.T)[1][:, ::-1]  # columns: orthonormal slider mixtures
@@ -94,14 +104,13 @@ def expression_basis(source: MakeHuman, cut: HeadCut) -> tuple[list[str], Float6
 
 def skinning_weights(source: MakeHuman, cut: HeadCut) -> Float64[np.ndarray, "v j"]:
     """MakeHuman's bones merged into the five FLAME joints; rows sum to 1."""
-    row = {int(vertex): i for i, vertex in enumerate(cut.kept)}
-    weights = np.zeros((len(cut.kept), len(JOINTS)))
+    weights = np.zeros((len(source.vertices), len(JOINTS)))
     parents = source.bone_parents()
     for bone, pairs in source.bone_weights().items():
         joint = JOINTS.index(_joint_of(bone, parents))
         for vertex, weight in pairs:
-            if vertex in row:
-                weights[row[vertex], joint] += weight
+            weights[vertex, joint] += weight
+    weights = weights[cut.kept]
     return weights / weights.sum(axis=1, keepdims=True)
 
 
@@ -116,11 +125,43 @@ def joint_regressor(source: MakeHuman, cut: HeadCut, mean: Offsets) -> Float64[n
     return regressor
 
 
-def _above_the_shoulders(source: MakeHuman) -> Int64[np.ndarray, "q 4 2"]:
+def _skin(source: MakeHuman) -> Int64[np.ndarray, "q 4 2"]:
+    """The body above its collar, and quads that close the neck from below."""
+    body = source.parts["body"]
+    collar = _ring(body[..., 0], *COLLAR)
+    head = body[_reached(body[..., 0], CROWN, collar)]
+    texture = dict(head[np.isin(head[..., 0], collar)].tolist())  # of each vertex in the collar
+    # Copies of the collar's vertices, as indices beyond the body's: with normals of their own the rim stays sharp.
+    rim = np.array([(vertex + len(source.vertices), texture[vertex]) for vertex in collar])
+    middle = np.tile([NECK_MIDDLE, texture[collar[0]]], (len(rim) // 2, 1))
+    closing = np.stack([middle, rim[::2], rim[1::2], np.roll(rim, -2, axis=0)[::2]], axis=1)
+    return np.concatenate([head, closing])
+
+
+def _ring(quads: Int64[np.ndarray, "q 4"], first: int, second: int) -> list[int]:
+    """Follow an edge straight on, from quad corner to quad corner, until it comes back to its start."""
+    ring = [first, second]
+    while ring[-1] != first:
+        around = quads[(quads == ring[-1]).any(axis=1)]
+        ahead = around[~(around == ring[-2]).any(axis=1)]
+        ring += set(ahead[0].tolist()) & set(ahead[1].tolist()) - {ring[-1]}
+    return ring[:-1]
+
+
+def _reached(quads: Int64[np.ndarray, "q 4"], start: int, border: list[int]) -> Bool[np.ndarray, "q"]:
+    """The quads that can be reached from a vertex without crossing the border."""
+    inside, count = np.arange(quads.max() + 1) == start, 0
+    while count < (count := inside.sum()):
+        inside[quads[inside[quads].any(axis=1)]] = True
+        inside[border] = False
+    return np.asarray(inside[quads].any(axis=1))
+
+
+def _above_the_foot(source: MakeHuman) -> Int64[np.ndarray, "q 4 2"]:
     body = source.parts["body"]
     corners = source.vertices[body[..., 0]]
     height = corners[..., 1].max() - corners[..., 1]
-    inside = (height < CROWN_TO_CUT) & (np.abs(corners[..., 0]) < NECK_HALF_WIDTH)
+    inside = (height < CROWN_TO_FOOT) & (np.abs(corners[..., 0]) < NECK_HALF_WIDTH)
     return np.asarray(body[inside.any(axis=1)])
 
 
@@ -185,7 +226,7 @@ def _joint_centres(source: MakeHuman, cut: HeadCut, mean: Offsets) -> dict[str, 
                                        for race in RACES for gender in GENDERS], axis=0)
     centres = {name: (adult[np.unique(source.parts[f"joint-{cube}"][..., 0])].mean(axis=0) - cut.origin) * METRES
                for name, cube in JOINT_CUBES.items()}
-    foot = np.array([0.0, mean[:, 1].min(), centres["neck"][2]])
+    foot = np.array([0.0, FOOT, centres["neck"][2]])
     return {"root": foot} | centres
 
 
@@ -193,6 +234,6 @@ def _vertices_around(cut: HeadCut, mean: Offsets, joint: str,
                      centre: Float64[np.ndarray, "3"]) -> Int64[np.ndarray, "n"]:
     if "eye" in joint:
         return cut.part_vertices("helper-l-eye" if joint == "left eye" else "helper-r-eye")
-    skin = cut.part_vertices("body")
+    skin = np.intersect1d(cut.part_vertices("body"), np.flatnonzero(cut.measured))
     nearest = np.argsort(np.linalg.norm(mean[skin] - centre, axis=1), kind="stable")
     return np.asarray(skin[nearest[:REGRESSED_FROM]])

@@ -5,8 +5,10 @@ from jaxtyping import Float, Float32, UInt8
 from .head.code import HeadCode, project
 from .head.model import HeadModel
 from .render import Mesh, Renderer
+from .render.maps import DEPTH_OFFSET
 
 DISC_RADIUS = 3  # px
+LARGEST_DEPTH = 0.99 * float(DEPTH_OFFSET)
 
 
 def condition_maps(
@@ -19,7 +21,10 @@ def condition_maps(
 def head_mesh(model: HeadModel, code: HeadCode) -> Mesh:
     """The head as the renderers take it: projected, textured, lit."""
     vertices = model.vertices(code)
-    return Mesh(project(vertices, code), model.normals(vertices), model.faces, model.face_uv, model.texture(code),
+    screen = project(vertices, code)
+    # renderers draw nothing nearer than DEPTH_OFFSET: of a head scaled up so far, one would see the inside
+    screen[:, 2] *= min(1.0, LARGEST_DEPTH / max(1e-6, float(np.abs(screen[:, 2]).max())))
+    return Mesh(screen, model.normals(vertices), model.faces, model.face_uv, model.texture(code),
                 code.light)
 
 

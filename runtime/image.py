@@ -77,7 +77,7 @@ def resize(
 
 
 def _open(path: Path) -> Image.Image:
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises where the name is too long, or the folder closed
         raise BadImage(f"photo {path} does not exist; check the path")
     if not path.is_file():
         raise BadImage(f"photo {path} is not a file; name a picture in it")

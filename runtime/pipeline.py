@@ -13,6 +13,7 @@ from jaxtyping import Float32, UInt8
 
 from .backends import Arrays, Graph
 from .bundle import Bundle
+from .cache import sha256_of
 from .condition import condition_maps
 from .contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS, RESIDUALS
 from .errors import BadInput
@@ -94,8 +95,8 @@ class Pipeline:
                  renderer: Literal["auto", "gl", "numpy"] = "auto", head: Path | None = None,
                  detector: Literal["landmarker", "insight"] = "landmarker"):
         self.bundle, self.backend, self.threads = bundle, backend, threads
-        head_file = head or (bundle.file("head") if "head" in bundle else OPEN_HEAD)
-        self.head_model: HeadModel = load_head(head_file)
+        self.head_file = head or (bundle.file("head") if "head" in bundle else OPEN_HEAD)
+        self.head_model: HeadModel = load_head(self.head_file)
         self.renderer: Renderer = open_renderer(renderer)
         self.tokenizer = Tokenizer(bundle.file("tokenizer")) if "tokenizer" in bundle else Tokenizer()
         self._insight = InsightFace() if detector == "insight" else None
@@ -210,6 +211,8 @@ class Pipeline:
         return eps if len(eps) == 1 else guided(eps[1:], eps[:1], settings.guidance or 0.0)
 
     def _recipe(self, head: HeadCode, settings: Settings) -> dict[str, object]:
-        return {**dataclasses.asdict(settings), "head": head.numbers(), "backend": self.backend,
+        (head_digest,) = sha256_of([self.head_file]).values()  # no path: the picture may be shared
+        return {**dataclasses.asdict(settings), "backend": self.backend,
+                "head": head.numbers(), "head_sha256": head_digest,
                 "bundle": self.bundle.manifest.name, "bundle_sha256": self.bundle.digest,
                 "made_with": f"caphuman-edge {version('caphuman-edge')}"}

@@ -56,7 +56,9 @@ class Parser(argparse.ArgumentParser):
 
 def _run(arguments: list[str]) -> int:
     try:
-        args = _parser(arguments[:1]).parse_args(arguments)
+        args, unknown = _parser(arguments[:1]).parse_known_args(arguments)
+        if unknown:
+            raise BadInput(f"{' '.join(unknown)} is not known; see caphuman {args.command} --help")
         code: int = args.run(args)
     except SystemExit as done:  # argparse, after --help and --version
         code = int(done.code or 0)

@@ -72,7 +72,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--bundle", type=Path, metavar="DIR", help="folder of a bundle (default: the embedded one)")
     group.add_argument("--backend", default="ort", help="what runs the graphs (default: ort)")
-    group.add_argument("--renderer", choices=("auto", "gl", "numpy"), default="auto", help="what draws the head")
+    group.add_argument("--renderer", choices=("auto", "gl", "numpy"), default="auto",
+                       help="what draws the head (default: auto, which is gl where that runs)")
     group.add_argument("--detector", choices=("landmarker", "insight"), default="landmarker", help="what finds faces: "
                        "insight is InsightFace's SCRFD, of a model pack of yours (default: landmarker)")
     group.add_argument("--threads", type=whole(1, 1024), metavar="N", help="at most so many cores (default: all)")
@@ -97,6 +98,10 @@ def check_controls(pipe: Pipeline, args: argparse.Namespace) -> None:
     if args.modes is not None and not (args.pose or args.pose_code):
         raise BadInput(f"--modes {args.modes} says what to take from another head; add --pose or --pose-code, or leave "
                        "it out")
+    for flag, face, source, photo in (("--pose-face", args.pose_face, "--pose", args.pose),
+                                      ("--light-face", args.light_face, "--light-from", args.light_from)):
+        if face is not None and photo is None:
+            raise BadInput(f"{flag} {face} chooses a face in the photo of {source}; add that, or leave it out")
     if sum([_lamp(args) is not None, args.light_coefficients is not None, args.light_from is not None]) > 1:
         raise BadInput("a lamp (--light, its colour, strength and ambient), --light-coefficients and --light-from each "
                        "replace the light; give one of them")
@@ -159,7 +164,7 @@ def recipe(args: argparse.Namespace, head: HeadCode) -> dict[str, Any]:
         controls["expression"] = dict(args.expression)
     if args.pose or args.pose_code:
         controls["modes"] = _modes(args)
-    return {**controls, "angles": [round(angle, 1) for angle in head.angles]}
+    return {**controls, "angles": [round(angle, 1) + 0.0 for angle in head.angles]}  # + 0.0: no -0.0
 
 
 def _add_photo_flags(group: argparse._ArgumentGroup) -> None:
@@ -202,12 +207,13 @@ def _add_head_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_light_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--light", type=direction, metavar="AZIMUTH,ELEVATION",
-                       help="a lamp from there, degrees: + image right, + above (default: 0,30)")
+                       help="a lamp from there, degrees: + image right, + above (0,30 where only its colour, strength "
+                       "or ambient is given)")
     group.add_argument("--light-from", type=Path, metavar="FILE", help="the light of another photo")
+    group.add_argument("--light-face", type=whole(1, 1000), metavar="N", help="which face in that photo (default: 1)")
     group.add_argument("--light-coefficients", type=light_coefficients, metavar="NUMBERS|FILE",
                        help="27 spherical-harmonic coefficients, as DECA's: red,green,blue of 1,x,y,z,xy,xz,yz,x2-y2,"
                        "3z2-1; or a JSON file of them")
-    group.add_argument("--light-face", type=whole(1, 1000), metavar="N", help="which face in --light-from (default: 1)")
     group.add_argument("--light-colour", type=colour, metavar="COLOUR", help="of lamp and ambient: #rrggbb or "
                        "red,green,blue from 0 to 1 (default: white)")
     group.add_argument("--light-strength", type=number(0.0, 10.0), metavar="F", help="of the lamp (default: 0.6)")

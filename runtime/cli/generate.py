@@ -73,10 +73,10 @@ def draw_all(pipe: Pipeline, subject: Subject, head: HeadCode, wanted: dict[Path
 
 
 def draw(pipe: Pipeline, subject: Subject, head: HeadCode, settings: Settings, label: str,
-         controls: dict[str, Any]) -> Portrait:
+         made_by: dict[str, Any]) -> Portrait:
     """One portrait, behind a progress bar; its recipe also tells the controls that made the head."""
     *_, last = shown(pipe.generate(subject, head, settings), label)
-    return dataclasses.replace(last.image, recipe={**last.recipe, "controls": controls})
+    return dataclasses.replace(last.image, recipe={**last.recipe, "controls": made_by})
 
 
 def sheet(pipe: Pipeline, subject: Subject, head: HeadCode, portraits: list[Portrait]) -> UInt8[np.ndarray, "h w 3"]:

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import BadInput
 from ..image import read_metadata
 
-LARGEST_FILE = 1_000_000  # bytes; a head's numbers are a few thousand
+LARGEST_TEXT = 1_000_000  # bytes or characters; a head's numbers are a few thousand
 LIGHT_COEFFICIENTS, LARGEST_COEFFICIENT = 27, 100.0
 
 
@@ -40,16 +40,18 @@ def light_coefficients(text: str) -> list[float]:
 
 def _text(path: Path) -> str:
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise BadInput(f"{path} has {path.stat().st_size} bytes, expected at most {LARGEST_FILE}; check the path")
-        return path.read_text("utf-8-sig")  # which PowerShell writes
+        with path.open("rb") as file:  # a device has no size, and no end
+            return file.read(LARGEST_TEXT + 1).decode("utf-8-sig")  # which PowerShell writes
     except OSError as error:
         raise BadInput(f"cannot read {path} ({error.strerror or error}); check the path") from error
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is no text, expected JSON") from error
+        raise BadInput(f"{path} is no text, expected JSON; photos go with --pose or --light-from") from error
 
 
 def _parsed(path: Path, text: str) -> Any:
+    if len(text) > LARGEST_TEXT:
+        raise BadInput(f"{path} is longer than a head's numbers, expected at most {LARGEST_TEXT} characters; "
+                       "check the path")
     try:
         return json.loads(text or "null")
     except (ValueError, RecursionError) as error:

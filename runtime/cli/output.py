@@ -16,7 +16,7 @@ def portrait_files(out: Path | None, count: int) -> list[Path]:
     """
     named = out or DEFAULT
     files = [named] if count == 1 else [named.with_stem(f"{named.stem}-{k}") for k in range(1, count + 1)]
-    taken = [file for file in files if file.exists() and file != out]
+    taken = [file for file in files if os.path.exists(file) and file != out]
     if taken:
         raise BadInput(f"{taken[0]} exists; move it, or choose another name with --out "
                        "(only a file named there is overwritten)")
@@ -26,13 +26,14 @@ def portrait_files(out: Path | None, count: int) -> list[Path]:
 def check_writable(files: Iterable[Path]) -> None:
     """Raise BadInput where one of these files cannot be written, whether or not its folder exists already."""
     for file in files:
-        if file.is_dir():
-            raise BadInput(f"{file} is a folder; name a file in it, such as {file / DEFAULT}")
-        folder = _existing(file.parent)
+        place = file
         try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise BadInput(f"cannot write to {folder} ({error.strerror or error}); choose another place") from error
+            if file.is_dir():
+                raise BadInput(f"{file} is a folder; name a file in it, such as {file / DEFAULT}")
+            place = _existing(file.parent)
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:  # is_dir and exists raise it too: a name is too long, a folder closed
+            raise BadInput(f"cannot write to {place} ({error.strerror or error}); choose another place") from error
 
 
 def check_apart(files: Iterable[Path], photos: Iterable[Path]) -> None:

@@ -104,7 +104,8 @@ def _looks(pipe: Pipeline, sources: controls.Sources, seen: controls.Seen, args:
 def _save_array(file: Path, maps: Float32[np.ndarray, "9 h w"]) -> None:
     make_folder(file.parent)
     try:
-        np.save(file, maps)
+        with file.open("wb") as stream:  # given a name, numpy adds .npy to one that ends in .NPY
+            np.save(stream, maps)
     except OSError as error:
         raise BadInput(f"cannot write {file} ({error.strerror or error}); choose another place") from error
 
@@ -123,7 +124,7 @@ def _box(box: FaceBox) -> dict[str, int | float]:
 
 
 def _angles(head: HeadCode) -> str:
-    return "yaw {:.0f}, pitch {:.0f}, roll {:.0f}".format(*head.angles)
+    return "yaw {:z.0f}, pitch {:z.0f}, roll {:z.0f}".format(*head.angles)
 
 
 def _text(report: dict[str, Any]) -> str:

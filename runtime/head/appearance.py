@@ -85,7 +85,7 @@ def _inside(points: Float32[np.ndarray, "n 2"], outline: Float32[np.ndarray, "m 
 def _pixels(image: UInt8[np.ndarray, "h w 3"], places: Float32[np.ndarray, "n 2"]) -> Samples:
     """Colours 0..1 at frame coordinates."""
     height, width = image.shape[:2]
-    column, row = ((places + 1) / 2 * [width, height]).astype(int).T
+    column, row = np.minimum((places + 1) / 2 * [width, height], [width - 1, height - 1]).astype(int).T  # 1 rounds up
     return np.asarray(image[row, column], np.float32) / 255
 
 

@@ -18,8 +18,10 @@ from caphuman_edge.runtime.perception.rotation import rotation_from, yaw_pitch_r
 Vector = Float[np.ndarray, "_"]  # any float on the way in, float32 inside
 EVERYDAY_NAMES = {"smile": "mouthSmile", "frown": "mouthFrown", "blink": "eyeBlink", "open": "jawOpen",
                   "pout": "mouthPucker", "surprise": "browInnerUp"}
+MOVED_ASIDE = ("jaw", "mouth")  # jawLeft and jawRight are directions, not sides: together they undo each other
 NEUTRAL_SCALE = 5.0  # the mean head then fills about two thirds of the frame
 LARGEST_NUMBER, SMALLEST_CROP = 1e4, 1e-6  # beyond these, numbers from a file describe no head in a frame
+LARGEST_STRENGTHS = dict.fromkeys(["identity", "expression", "texture"], 20.0)  # more is spikes, gigabytes to draw
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,8 @@ class HeadCode:
         """A unit, or both sides of it: `mouthSmile` is mouthSmileLeft and mouthSmileRight."""
         names = self.layout.expression_names
         meant = EVERYDAY_NAMES.get(name, name)
-        units = [i for i, unit in enumerate(names) if unit in (meant, f"{meant}Left", f"{meant}Right")]
+        sides = () if meant in MOVED_ASIDE else (f"{meant}Left", f"{meant}Right")
+        units = [i for i, unit in enumerate(names) if unit in (meant, *sides)]
         if not units:
             known = [alias for alias, unit in EVERYDAY_NAMES.items() if any(n.startswith(unit) for n in names)]
             raise BadInput(f'expression "{name}" is not known, expected one of {", ".join([*known, *names])}')
@@ -176,8 +179,9 @@ def _array(name: str, value: object, shape: tuple[int, ...]) -> Float32[np.ndarr
         numbers = np.asarray(value, np.float64)
     except (TypeError, ValueError, OverflowError):
         numbers = np.full(shape, np.nan)
-    if numbers.shape != shape or not (np.abs(numbers) <= LARGEST_NUMBER).all():
-        raise BadInput(f"the head's {name} is not {shape} numbers up to {LARGEST_NUMBER:g}; use a head that was made "
+    largest = LARGEST_STRENGTHS.get(name, LARGEST_NUMBER)
+    if numbers.shape != shape or not (np.abs(numbers) <= largest).all():
+        raise BadInput(f"the head's {name} is not {shape} numbers up to {largest:g}; use a head that was made "
                        "with this head model")
     return np.asarray(numbers, np.float32)
 
@@ -185,5 +189,6 @@ def _array(name: str, value: object, shape: tuple[int, ...]) -> Float32[np.ndarr
 def _checked(name: str, value: Float[np.ndarray, "..."], shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
     numbers = np.asarray(value, np.float32)
     if numbers.shape != shape or not np.isfinite(numbers).all():
-        raise BadInput(f"the head's {name} has shape {numbers.shape}, expected {shape} finite numbers")
+        raise BadInput(f"the head's {name} has shape {numbers.shape}, expected {shape} finite numbers; make it "
+                       "with this head model")
     return numbers

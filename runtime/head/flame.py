@@ -29,7 +29,7 @@ LANDMARKS = {"static_lmk_faces_idx": "lmk_faces_idx", "static_lmk_bary_coords": 
              "dynamic_lmk_faces_idx": "dynamic_lmk_faces_idx", "dynamic_lmk_bary_coords": "dynamic_lmk_bary_coords"}
 TEXTURE_EDGE = 512  # texels on disk; every second row and column is used
 MOST_COMPONENTS = 1000
-MAX_TEMPLATE = 64 << 20  # bytes
+MAX_TEMPLATE = 8 << 20  # bytes; 5023 vertices and 9976 faces take about one million
 GREY_SKIN = (0.62, 0.52, 0.47)  # RGB, where there is no texture
 LICENCE = ("FLAME, Max Planck Society: for non-commercial research only (flame.is.tue.mpg.de), except for the model "
            "FLAME 2023 Open (CC-BY-4.0). This converted file may not be shared.")

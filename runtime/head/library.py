@@ -39,7 +39,13 @@ def heads_dir(platform: str = sys.platform) -> Path:
 
 def list_heads() -> dict[str, Path]:
     """Every head by name, the open head first."""
-    return {OPEN: OPEN_HEAD, **{path.stem: path for path in sorted(heads_dir().glob("*.npz")) if path.stem != OPEN}}
+    folder = heads_dir()
+    try:
+        files = sorted(folder.glob("*.npz"))
+    except OSError as error:
+        raise BadInput(f"cannot read {folder} ({error.strerror or error}); set CAPHUMAN_HEADS to another "
+                       "folder") from error
+    return {OPEN: OPEN_HEAD, **{path.stem: path for path in files if path.stem != OPEN}}
 
 
 def find_head(name_or_path: str) -> Path:
@@ -47,7 +53,7 @@ def find_head(name_or_path: str) -> Path:
     heads = list_heads()
     if name_or_path in heads:
         return heads[name_or_path]
-    if Path(name_or_path).is_file():
+    if os.path.isfile(name_or_path):  # Path.is_file raises where the name is too long, or the folder closed
         return Path(name_or_path)
     raise BadInput(f'head "{name_or_path}" is not known, expected one of {", ".join(heads)} or a file; '
                    "add yours with 'caphuman head add'")
@@ -93,6 +99,11 @@ def describe_head(path: Path) -> dict[str, Any]:
         return {
             "file": str(path), "sha256": sha256_of([path])[path], "vertices": headers["v_template"].shape[0],
             "identity": int(texts["identity_count"]), "expression": len(texts["expression_names"]), "texture": texture,
-            "licence": "".join(letter for letter in licence if letter.isprintable()),
-            "sources": {str(name): str(digest) for name, digest in texts.get("sources", [])},
+            "licence": _printable(licence),
+            "sources": {_printable(str(name)): _printable(str(digest)) for name, digest in texts.get("sources", [])},
         }
+
+
+def _printable(text: str) -> str:
+    """Without what would move the cursor of a terminal."""
+    return "".join(letter for letter in text if letter.isprintable())

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 from numpy.lib import format as npy
@@ -39,10 +39,17 @@ def opened(path: Path, kind: type[CapHumanError], what: str) -> Iterator[ZipFile
     """An .npz file as the archive it is; what is wrong in it becomes `kind`, one line that says `what` it is not."""
     try:
         with ZipFile(path) as archive:
+            check_packing(archive)
             yield archive
     except DAMAGE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise kind(f"{path} is no {what}, or is damaged ({reason}); fetch or make it again") from error
+
+
+def check_packing(archive: ZipFile) -> None:
+    """Raise ValueError for bzip2 and LZMA: of those zipfile unpacks gigabytes for the first byte that is asked for."""
+    if any(member.compress_type not in (ZIP_STORED, ZIP_DEFLATED) for member in archive.infolist()):
+        raise ValueError("it is packed in a way that numpy and torch never use")
 
 
 def names(archive: ZipFile) -> set[str]:
@@ -51,11 +58,14 @@ def names(archive: ZipFile) -> set[str]:
 
 
 def read_header(file: Stream) -> Header:
-    """Read the header of an .npy file, up to its first number. Raises ValueError for a damaged one."""
+    """Read the header of an .npy file, up to its first number. Raises ValueError for a damaged one.
+
+    Later versions of the format are for headers of over 64 KiB; numpy unpacks gigabytes where one claims to have them.
+    """
     version = npy.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
+    if version != (1, 0):
         raise ValueError(f"version {version} of the .npy format")
-    return Header(*(npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)))
+    return Header(*npy.read_array_header_1_0(file))
 
 
 def read_headers(archive: ZipFile, wanted: Iterable[str]) -> dict[str, Header]:
@@ -65,8 +75,10 @@ def read_headers(archive: ZipFile, wanted: Iterable[str]) -> dict[str, Header]:
         with archive.open(f"{name}.npy") as file:
             headers[name] = read_header(file)
     total = sum(header.numbers for header in headers.values())
-    if total > MAX_NUMBERS or any(length > MAX_NUMBERS for header in headers.values() for length in header.shape):
-        raise ValueError(f"it claims to hold {total} numbers, at most {MAX_NUMBERS} are read")
+    lengths = [length for header in headers.values() for length in header.shape]
+    if total > MAX_NUMBERS or not all(0 <= length <= MAX_NUMBERS for length in lengths):
+        raise ValueError(f"it claims to hold {total} numbers in lengths of {min(lengths)} to {max(lengths)}, at most "
+                         f"{MAX_NUMBERS} are read")
     return headers
 
 

@@ -15,7 +15,7 @@ from zipfile import ZipFile
 import numpy as np
 
 from caphuman_edge.runtime.errors import CheckpointError
-from caphuman_edge.runtime.head.npz import DAMAGE, read_header
+from caphuman_edge.runtime.head.npz import DAMAGE, check_packing, read_header
 from caphuman_edge.runtime.head.pickle_machine import CHUMPY, PERSISTENT, TORCH_STORAGES, Made, Name, load
 
 MAX_FILE = 1 << 30  # bytes; FLAME 2020 has 53 MB
@@ -236,14 +236,17 @@ class _Values:
     def zipped_storage(self, file: io.BytesIO, depth: int) -> np.ndarray:
         """The storage in a zip file: data.pkl says what it is, data/KEY holds the numbers."""
         with ZipFile(file) as archive:
+            check_packing(archive)
             root = archive.namelist()[0].partition("/")[0]
             key, dtype, count = _stored(load(io.BytesIO(self.member(archive, f"{root}/data.pkl")), self.source))
             return np.asarray(self.laid_out((count,), dtype, self.member(archive, f"{root}/data/{key}"), "C", depth))
 
     def member(self, archive: ZipFile, name: str) -> bytes:
-        """A file in a zip file, of the size that its directory claims."""
-        self.spend(archive.getinfo(name).file_size)
-        return archive.read(name)
+        """A file in a zip file, of the size that its directory claims; ZipFile.read unpacks whatever there is first."""
+        size = archive.getinfo(name).file_size
+        self.spend(size)
+        with archive.open(name) as member:
+            return member.read(size)
 
 
 def _stored(record: Any) -> tuple[str, np.dtype, int]:
@@ -251,9 +254,9 @@ def _stored(record: Any) -> tuple[str, np.dtype, int]:
     if not isinstance(record, Made) or record.name != PERSISTENT:
         raise ValueError("a tensor without its numbers")
     ((word, kind, key, _, count, *_),) = record.arguments
-    if word != "storage" or not isinstance(kind, Name) or not _is_shape((count,)):
+    if word != "storage" or not isinstance(kind, Name) or not isinstance(key, str) or not _is_shape((count,)):
         raise ValueError("a tensor without its numbers")
-    return str(key), np.dtype(TORCH_STORAGES[kind.full]), count
+    return key, np.dtype(TORCH_STORAGES[kind.full]), count
 
 
 def _is_shape(shape: Any) -> bool:

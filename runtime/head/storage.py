@@ -7,7 +7,7 @@ from jaxtyping import Float32, Int32
 
 from caphuman_edge.runtime.errors import BundleError, CapHumanError, ShapeMismatch
 from caphuman_edge.runtime.head import npz
-from caphuman_edge.runtime.head.model import JAW, YAW_BINS, HeadModel
+from caphuman_edge.runtime.head.model import JAW, NECK, YAW_BINS, HeadModel
 
 OPEN_HEAD = Path(__file__).parents[1] / "data" / "open_head.npz"
 UNIT = "_unit"  # `x_unit` is what the integers in `x` count
@@ -67,7 +67,8 @@ def check_arrays(arrays: Mapping[str, np.ndarray], axes: Mapping[str, tuple[str 
         sizes = {letter: length for letter, length in found.items() if isinstance(letter, str)}
         if array.dtype.kind not in ("U" if name == "expression_names" else "iu" if name in WHOLE else "iuf"):
             raise kind(f"{source}: {name} is of type {array.dtype}, which does not fit; fetch or convert it again")
-        if array.dtype.kind == "f" and array.size and not float(np.abs(array).max()) < LARGEST:
+        real = array.size and array.dtype.kind in "iuf" and name not in WHOLE
+        if real and not -LARGEST < float(array.min()) <= float(array.max()) < LARGEST:
             raise kind(f"{source}: {name} holds numbers that are not finite or beyond all measure; "
                        "fetch or convert it again")
     return sizes
@@ -95,6 +96,10 @@ def _check(arrays: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
     for name, counted in INDICES.items():
         if name in arrays and arrays[name].size and not 0 <= arrays[name].min() <= arrays[name].max() < sizes[counted]:
             raise BundleError(f"the head's {name} points outside its {sizes[counted]} entries; convert the head again")
+    if not (_real(arrays["weights"])[:, NECK:].sum(axis=1) > 0.5).any():  # HeadModel.layout looks for these
+        raise BundleError("the head's weights leave every vertex to its root; convert the head again")
+    if not all(str(name).isprintable() for name in arrays["expression_names"]):
+        raise BundleError("the head's expression_names hold letters that cannot be printed; convert the head again")
     if any(parent not in range(ROOT, joint) for joint, parent in enumerate(_parents(arrays))):
         raise BundleError("the head's kintree_table names a parent after its child; convert the head again")
 

@@ -83,7 +83,8 @@ def select_face(boxes: list[FaceBox], number: int | None = None) -> FaceBox:
         raise FaceError("no face found in the photo: use one where the face is at least 64 pixels wide, well lit and "
                         "turned towards the camera")
     if number is not None and not 1 <= number <= len(boxes):
-        raise FaceError(f"--face {number}, but the photo shows {len(boxes)}: use 1 (the largest) to {len(boxes)}")
+        others = f" to {len(boxes)}" if len(boxes) > 1 else ""
+        raise FaceError(f"--face {number}, but the photo shows {len(boxes)}: use 1 (the largest){others}")
     comparable = comparable_faces(boxes)
     if number is None and comparable > 1:
         warnings.warn(f"{comparable} faces of similar size in the photo, the largest is taken: choose with --face N, "

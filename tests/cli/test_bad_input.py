@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from caphuman_edge.runtime.bundle import Bundle
 from caphuman_edge.runtime.cli import main
@@ -167,6 +168,9 @@ def test_exif_turns_a_photo_upright_to_the_pixel(astronaut, upright, folder, tmp
     (("--pose-code", "nobody.png"), ("nobody.png does not exist",)),
     (("--pose", "a.png", "--pose-code", "b.png"), ("--pose-code", "not allowed with")),
     (("--modes", "pose"), ("--modes pose", "add --pose or --pose-code")),
+    (("--pose-face", "2"), ("--pose-face 2", "photo of --pose;")),
+    (("--light-face", "2"), ("--light-face 2", "photo of --light-from;")),
+    (("--expression", "jaw=1"), ('"jaw"', "jawLeft")),
     (("--seed", "-1"), ("seed is -1", "expected 0 to")),
     (("--seed", 2**63), (str(2**63), "expected 0 to")),
     (("--seed", 2**63 - 1, "--count", 2), (str(2**63), "expected 0 to")),
@@ -178,7 +182,7 @@ def test_exif_turns_a_photo_upright_to_the_pixel(astronaut, upright, folder, tmp
     (("--backend", "tensorrt"), ("'tensorrt'", "ort")),
     (("--renderer", "vulkan"), ("'vulkan'", "numpy")),
     (("--out", "portrait.jpg"), ("'portrait.jpg'", ".png")),
-    (("--shiny",), ("--shiny", "--help")),
+    (("--shiny",), ("--shiny", "caphuman generate --help")),
 ])
 def test_a_control_out_of_range_is_named_with_what_was_expected(generate_refused, photo, flags, words):
     message = generate_refused(photo, *flags)
@@ -201,6 +205,19 @@ def test_a_pose_code_with_strange_numbers_is_refused(generate_refused, photo, tm
     for name, value in (("pose", [float("nan")] * 6), ("camera", [1, 2]), ("identity", "me"), ("crop", 5)):
         (tmp_path / "head.json").write_text(json.dumps({"head": numbers | {name: value}}))
         assert f"head.json: the head's {name}" in generate_refused(photo, "--pose-code", tmp_path / "head.json")
+
+
+def test_a_picture_with_a_gigantic_text_is_no_pose_code(generate_refused, photo, tmp_path):
+    text = PngInfo()
+    text.add_text("caphuman", '{"head": [' + "0," * 600_000 + "0]}")
+    Image.new("RGB", (64, 64)).save(tmp_path / "head.png", pnginfo=text)
+    assert "at most 1000000" in generate_refused(photo, "--pose-code", tmp_path / "head.png")
+
+
+@pytest.mark.parametrize("flag", ["--photo", "--pose", "--pose-code", "--head", "--out", "--sheet", "--bundle"])
+def test_a_name_too_long_for_a_file_is_one_line(refusal, photo, flag):
+    person = () if flag == "--photo" else (photo,)
+    assert "aaaa" in refusal("generate", *person, flag, "a" * 5000 + ".png")
 
 
 def test_a_photo_holds_no_pose_code(generate_refused, photo):

@@ -4,6 +4,7 @@ import os
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -64,7 +65,7 @@ def test_safetensors_are_read_like_pickles(tmp_path, linear):
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     path = saved(tmp_path / "evil.pt", {"weight": RunsCode(tmp_path / "made")})
-    with pytest.raises(CheckpointError, match=r"evil\.pt"):
+    with pytest.raises(CheckpointError, match=r"evil\.pt .*more than tensors"):
         read_checkpoint(path)
     assert not (tmp_path / "made").exists()
 
@@ -103,6 +104,40 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_checkpoint_of_other_things_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="tensors"):
         read_checkpoint(saved(tmp_path / "a.pt", {"weight": torch.ones(1), "epoch": 3}))
+
+
+@pytest.mark.parametrize("content", [
+    {1: torch.ones(1)}, {"weight": torch.ones(2).to_sparse()}, {"weight": torch.ones(2, device="meta")},
+    {"weight": torch.ones(2, dtype=torch.complex64)}])
+def test_tensors_that_cannot_be_copied_into_a_network_are_refused(tmp_path, content):
+    with pytest.raises(CheckpointError, match="tensors"):
+        read_checkpoint(saved(tmp_path / "a.pt", content))
+
+
+def test_a_file_that_wraps_itself_is_refused(tmp_path):
+    content: dict[str, object] = {"epoch": 3}
+    content["state_dict"] = content
+    with pytest.raises(CheckpointError, match="tensors"):
+        read_checkpoint(saved(tmp_path / "a.pt", content))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_however_a_checkpoint_is_altered_the_error_is_one_of_ours(tmp_path, linear, zipped):
+    path, rng = tmp_path / "a.pt", np.random.default_rng(0)
+    torch.save(linear.state_dict(), path, _use_new_zipfile_serialization=zipped)
+    whole, refusals = path.read_bytes(), 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), 4):
+            data[place] = rng.integers(256)
+        path.write_bytes(data)
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+    assert refusals > 30
 
 
 def test_unknown_missing_and_mis_shaped_names_are_told_in_one_error(linear):

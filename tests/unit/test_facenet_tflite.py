@@ -82,6 +82,15 @@ def test_a_damaged_file_is_one_clear_error(content, tmp_path, damaged):
         read_facenet(tmp_path / "a.tflite")
 
 
+@pytest.mark.parametrize(("scale", "bias"), [(np.ones(2), np.ones(3)), (np.ones(10**6), np.ones(3)),
+                                             (np.ones(3), np.ones(4))])
+def test_scales_and_biases_for_other_weights_are_refused(tmp_path, scale, bias):
+    weight = np.zeros((3, 3, 3, 2), np.int8)
+    (tmp_path / "a.tflite").write_bytes(tflite(weight, np.float32(scale), np.float32(bias)))
+    with pytest.raises(CheckpointError, match=r"scales for weights|with a bias"):
+        read_facenet(tmp_path / "a.tflite")
+
+
 def test_folded_norms_and_scales_are_undone_in_the_official_architecture(monkeypatch, tmp_path):
     """A network whose layers are folded as the converter folds them computes the same after it is read."""
     from caphuman_edge.export import facenet_tflite

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from caphuman_edge.runtime.condition import condition_maps
 from caphuman_edge.runtime.errors import BadInput
 from caphuman_edge.runtime.head import HeadCode, HeadLayout, directional_light, load_head, mix, project
 from caphuman_edge.runtime.head.light import shading_basis, turned_light
 from caphuman_edge.runtime.perception import rotation_from
+from caphuman_edge.runtime.render import NumpyRenderer
 
 NOSE_TIP, FOREHEAD, CHIN, LEFT_MOUTH_CORNER, RIGHT_MOUTH_CORNER = 4, 10, 152, 61, 291
 LAYOUT = HeadLayout(2, ("jawOpen", "mouthSmileLeft", "mouthSmileRight"), 1, (0.0, -0.1, 0.0), (0.0, 0.03, 0.04))
@@ -29,6 +31,12 @@ def on_screen(head, code):
 def test_positive_yaw_turns_the_nose_to_image_right(head):
     neutral = HeadCode.neutral(head.layout)
     assert on_screen(head, neutral.posed(yaw=30.0))[NOSE_TIP, 0] > on_screen(head, neutral)[NOSE_TIP, 0] + 0.1
+
+
+@pytest.mark.parametrize("scale", [3.0, 15.0, 30.0])
+def test_however_large_a_head_is_one_sees_its_face_and_not_its_inside(head, scale):
+    maps = condition_maps(NumpyRenderer(), head, HeadCode.neutral(head.layout).moved(scale=scale), 32, 32)
+    assert maps[2, 12:20, 12:20].min() > 0  # normals towards the viewer
 
 
 def test_positive_pitch_turns_the_nose_up(head):
@@ -76,6 +84,13 @@ def test_a_scale_that_is_no_size_is_refused(scale):
 def test_a_pair_of_units_is_set_by_its_common_name():
     code = HeadCode.neutral(LAYOUT).expressed({"mouthSmile": 0.7, "jawOpen": 0.1})
     np.testing.assert_allclose(code.expression, (0.1, 0.7, 0.7))
+
+
+def test_two_directions_are_no_pair_of_sides(head):
+    """jawLeft and jawRight together would undo each other."""
+    for name in ("jaw", "mouth"):
+        with pytest.raises(BadInput, match=f'"{name}" is not known'):
+            HeadCode.neutral(head.layout).expressed({name: 1.0})
 
 
 def test_left_is_the_persons_left(head):
@@ -142,7 +157,7 @@ def test_numbers_become_the_same_code_again():
 @pytest.mark.parametrize(("field", "value"), [
     ("identity", [0.0]), ("identity", "who"), ("expression", [[0.0], [1.0, 2.0]]), ("pose", [float("nan")] * 6),
     ("pose", None), ("camera", [1e30, 0, 0]), ("camera", [-5, 0, 0]), ("light", {"sun": 1}), ("crop", np.zeros((3, 3))),
-    ("camera", [10**400, 0, 0])])
+    ("camera", [10**400, 0, 0]), ("expression", [0, 0, 25]), ("identity", [-1e3, 0])])
 def test_strange_numbers_make_no_head(field, value):
     numbers = HeadCode.neutral(LAYOUT).numbers() | {field: value}
     with pytest.raises(BadInput, match=field):

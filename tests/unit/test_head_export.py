@@ -4,6 +4,7 @@ import pytest
 
 from caphuman_edge.export import makehuman
 from caphuman_edge.export.open_head_landmarks import _barycentric, _laid_over, _symmetrical
+from caphuman_edge.export.open_head_shapes import _reached, _ring
 from caphuman_edge.runtime.errors import CheckpointError
 from caphuman_edge.runtime.perception.rotation import canonical_face
 
@@ -34,3 +35,13 @@ def test_mirror_twins_end_up_mirrored():
     even = _symmetrical(face + rng.normal(0, 0.01, face.shape))
     np.testing.assert_allclose(even[33] * [-1, 1, 1], even[263], atol=1e-9)
     np.testing.assert_allclose(even[468] * [-1, 1, 1], even[473], atol=1e-9)
+
+
+def test_a_tube_is_cut_along_a_ring_of_edges():
+    rings, around = 6, 8
+    vertex = np.arange(rings * around).reshape(rings, around)
+    beside = np.roll(vertex, -1, axis=1)
+    quads = np.stack([vertex[:-1], beside[:-1], beside[1:], vertex[1:]], axis=-1).reshape(-1, 4)
+    ring = _ring(quads, vertex[2, 3], vertex[2, 4])
+    assert ring == [*vertex[2, 3:].tolist(), *vertex[2, :3].tolist()]
+    np.testing.assert_array_equal(_reached(quads, 0, ring), np.arange(len(quads)) < 2 * around)

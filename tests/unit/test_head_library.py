@@ -131,13 +131,30 @@ def test_a_head_tells_what_it_holds_and_where_it_comes_from(arrays):
 
 def test_the_open_head_tells_of_itself_too():
     told = describe_head(OPEN_HEAD)
-    assert (told["vertices"], told["identity"], told["expression"], told["texture"]) == (4832, 80, 52, 16)
+    assert (told["vertices"], told["identity"], told["expression"], told["texture"]) == (4917, 80, 52, 16)
     assert told["licence"].startswith("CC0-1.0") and told["sources"] == {}
 
 
 def test_a_licence_moves_no_cursor(arrays):
     told = describe_head(add_head("flame", arrays | {"licence": np.array("free\x1b[2J\n")}))
     assert told["licence"] == "free[2J"
+
+
+def test_a_source_moves_no_cursor(arrays):
+    told = describe_head(add_head("flame", arrays | {"sources": np.array([["a\x1b[2J.pkl", "\n0"]])}))
+    assert told["sources"] == {"a[2J.pkl": "0"}
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "nowhere/" * 1000])
+def test_a_name_too_long_for_a_file_is_refused_like_any_other(name):
+    with pytest.raises(BadInput, match="is not known"):
+        find_head(name)
+
+
+def test_a_folder_that_cannot_be_read_is_one_error(monkeypatch):
+    monkeypatch.setenv("CAPHUMAN_HEADS", "a" * 5000)
+    with pytest.raises(BadInput, match="set CAPHUMAN_HEADS to another folder"):
+        list_heads()
 
 
 def test_describing_a_head_unpacks_no_more_than_a_few_words(arrays, monkeypatch):

@@ -76,6 +76,17 @@ def test_normals_have_unit_length_and_face_outwards(head):
     assert head.landmarks(normals)[NOSE_TIP, 2] > 0.7
 
 
+def test_the_neck_is_closed_from_below(head):
+    """Every edge below the chin has a face on either side; the rim's vertices are there twice, for its sharp edge."""
+    place = np.unique(head.template, axis=0, return_inverse=True)[1].reshape(-1)[head.faces]
+    edges = np.sort(np.concatenate([place[:, :2], place[:, 1:], place[:, [2, 0]]]), axis=1)
+    below_the_chin = (head.template[head.faces, 1] < -0.09).all(axis=1)
+    edges, adjoining = np.unique(edges, axis=0, return_counts=True)
+    of_the_neck = np.isin(edges, place[below_the_chin]).all(axis=1)
+    assert of_the_neck.sum() > 300
+    assert (adjoining[of_the_neck] == 2).all()
+
+
 def test_mean_texture_is_a_colour_and_coefficients_change_it(head):
     mean = head.texture(HeadCode.neutral(head.layout))
     assert 0 <= mean.min() < mean.max() <= 1
@@ -133,9 +144,9 @@ def test_a_missing_array_is_named(name):
     ("identity_count", np.array(80.0)),
     ("lmk_faces_idx", np.full(478, 60000, np.uint16)),
     ("lmk_faces_idx", np.zeros(478)),
-    ("v_template", np.full((4832, 3), 1e300)),
-    ("v_template", np.full((4832, 3), 1j)),
-    ("v_template", np.full((4832, 3), "1")),
+    ("v_template", np.full((4917, 3), 1e300)),
+    ("v_template", np.full((4917, 3), 1j)),
+    ("v_template", np.full((4917, 3), "1")),
     ("shapedirs_unit", np.full(10**4, 4e-6)),
     ("shapedirs_unit", np.array("4e-6")),
     ("texture_mean", np.zeros((256, 128, 3))),
@@ -147,6 +158,18 @@ def test_a_missing_array_is_named(name):
 def test_arrays_that_do_not_fit_together_are_refused(name, value):
     with pytest.raises(BundleError):
         head_from_arrays(open_head_arrays() | {name: value})
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("v_template", -2**63, "v_template holds numbers that are not finite or beyond"),
+    ("vt", 2**40, "vt holds numbers that are not finite or beyond"),
+    ("weights", 0, "weights leave every vertex to its root"),
+    ("expression_names", "\x1b[2J", "cannot be printed"),
+])
+def test_numbers_and_names_of_no_head_are_refused(name, value, words):
+    arrays = open_head_arrays()
+    with pytest.raises(BundleError, match=words):
+        head_from_arrays(arrays | {name: np.full(arrays[name].shape, value)})
 
 
 def test_outlines_that_do_not_fit_are_refused():
@@ -178,7 +201,30 @@ def test_an_archive_that_unpacks_to_gigabytes_is_refused_unread(tmp_path, monkey
         load_head(tmp_path / "head.npz")
 
 
+def npy(shape, version=(1, 0)):
+    header = io.BytesIO()
+    write = np.lib.format.write_array_header_1_0 if version == (1, 0) else np.lib.format.write_array_header_2_0
+    write(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+@pytest.mark.parametrize(("files", "packing", "words"), [
+    ({"J_regressor": npy((2**14, 2**16)), "v_template": npy((-2**30, 1))}, zipfile.ZIP_DEFLATED, "lengths of -1073741"),
+    ({"v_template": npy((4, 3), (2, 0))}, zipfile.ZIP_DEFLATED, "version"),
+    ({"v_template": npy((4, 3))}, zipfile.ZIP_BZIP2, "packed in a way"),
+    ({"v_template": npy((4, 3))}, zipfile.ZIP_LZMA, "packed in a way"),
+])
+def test_headers_and_packings_that_hide_gigabytes_are_refused_unread(tmp_path, monkeypatch, files, packing, words):
+    """Lengths below 0 make the sum small; long headers and bzip2 are unpacked before anything is compared."""
+    with zipfile.ZipFile(tmp_path / "head.npz", "w", packing) as archive:
+        for name, content in files.items():
+            archive.writestr(f"{name}.npy", content + bytes(100_000))
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *_, **__: pytest.fail("an array was unpacked"))
+    with pytest.raises(BundleError, match=words):
+        load_head(tmp_path / "head.npz")
+
+
 def test_what_a_head_file_holds_besides_is_left_alone(tmp_path):
     path = tmp_path / "head.npz"
     np.savez(path, **open_head_arrays(), surprise=np.array([{"an": "object"}], dtype=object))
-    assert len(load_head(path).template) == 4832
+    assert len(load_head(path).template) == 4917

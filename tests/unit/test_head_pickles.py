@@ -4,6 +4,8 @@ import io
 import os
 import pickle
 import struct
+import tracemalloc
+import zipfile
 from collections import OrderedDict
 
 import numpy as np
@@ -307,6 +309,29 @@ def test_laughter_a_billion_times_is_read_once(read):
     for _ in range(12):
         laugh = [laugh] * 10  # a million million strings, were each written out
     assert read(laugh)[0][9][0][9][0][9][0][9][0][9][0][9] == ["ha"]
+
+
+def test_a_laughing_name_of_a_storage_is_not_written_out(refused):
+    laugh: list[object] = ["ha"]
+    for _ in range(12):
+        laugh = [laugh] * 10
+    named = persistent("storage", torch.FloatStorage, laugh, "cpu", 2, None)
+    assert "without its numbers" in refused(tensor_of((2,), (1,), storage=storage_of(named, bytes(16))))
+
+
+def test_a_packed_storage_unpacks_to_no_more_than_it_claims(refused):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(50_000_000))
+    data = bytearray(packed.getvalue())
+    directory = data.rindex(b"PK\x01\x02")
+    for place in (22, directory + 24):  # the unpacked size, in the member's own header and in the directory
+        data[place:place + 4] = struct.pack("<I", 100)
+    storage = Calls(torch.storage._load_from_bytes, bytes(data))
+    tracemalloc.start()
+    refused(tensor_of((2,), (1,), storage=storage))
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
 
 
 def test_one_string_made_into_many_arrays_may_not_outgrow_the_file(refused, monkeypatch):

@@ -1,5 +1,6 @@
 """The pipeline on the embedded bundle: what each setting does to what the denoiser is given."""
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -107,6 +108,7 @@ def test_a_saved_portrait_carries_its_recipe(pipe, subject, tmp_path):
     text = Image.open(tmp_path / "out.png").text
     recipe = json.loads(text["caphuman"])
     assert (recipe["seed"], recipe["prompt"], recipe["bundle_sha256"]) == (9, "smiling", pipe.bundle.digest)
+    assert recipe["head_sha256"] == hashlib.sha256(pipe.bundle.file("head").read_bytes()).hexdigest()
     assert text["AI-generated"] == "true"
     assert len(text["caphuman"]) < 20_000
 
