@@ -27,6 +27,7 @@ from caphuman_edge.runtime.backends import open_backend
 from caphuman_edge.runtime.cache import cache_dir, sha256_of
 from caphuman_edge.runtime.cli import guarded
 from caphuman_edge.runtime.contract import FULL, OFFICIAL_GRAPHS, graphs
+from caphuman_edge.runtime.errors import CheckpointError
 
 GRAPHS = (*OFFICIAL_GRAPHS, "id_encoder")
 MTCNN_FILES = {"mtcnn_pnet": "pnet.pt", "mtcnn_rnet": "rnet.pt", "mtcnn_onet": "onet.pt"}
@@ -116,7 +117,10 @@ def _export(graph: str, path: Path, out: Path, report: Callable[[str], None]) ->
 
 def _read_sources(out: Path) -> list[dict[str, object]]:
     path = out / "sources.json"
-    return json.loads(path.read_text()) if path.is_file() else []
+    try:
+        return json.loads(path.read_text()) if path.is_file() else []
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it, and export its graphs again") from error
 
 
 def _files(options: argparse.Namespace) -> dict[str, Path]:
@@ -125,6 +129,9 @@ def _files(options: argparse.Namespace) -> dict[str, Path]:
     files = {graph: path for graph, path in given.items() if path}
     if options.mtcnn:
         files |= {graph: options.mtcnn / name for graph, name in MTCNN_FILES.items()}
+    for graph, path in files.items():  # before anything is fetched
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist, expected the checkpoint of {graph}; check the path")
     if options.fetch:
         downloads = options.downloads or cache_dir()
         files |= {graph: assets.fetch(source, downloads) for graph, source in PINNED.items() if graph not in files}

@@ -1,6 +1,7 @@
 """From one photo, a head and a prompt to a portrait. Only this file knows the order of the stages."""
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -97,9 +98,9 @@ class Pipeline:
         self.bundle, self.backend, self.threads = bundle, backend, threads
         self.head_file = head or (bundle.file("head") if "head" in bundle else OPEN_HEAD)
         self.head_model: HeadModel = load_head(self.head_file)
-        self.renderer: Renderer = open_renderer(renderer)
         self.tokenizer = Tokenizer(bundle.file("tokenizer")) if "tokenizer" in bundle else Tokenizer()
         self._insight = InsightFace() if detector == "insight" else None
+        self.renderer: Renderer = open_renderer(renderer)  # last: a failure above leaves no context open
         self._graphs: dict[str, Graph] = {}
 
     def __enter__(self) -> "Pipeline":
@@ -140,8 +141,11 @@ class Pipeline:
                                config.width / config.height)
 
     def maps(self, head: HeadCode) -> Float32[np.ndarray, "9 h w"]:
-        """Normal, albedo and rendered maps of a head in the bundle's frame."""
-        return condition_maps(self.renderer, self.head_model, head, self.bundle.config.height, self.bundle.config.width)
+        """Normal, albedo and rendered maps of a head in the bundle's frame; a head outside of it is warned of."""
+        maps = condition_maps(self.renderer, self.head_model, head, self.bundle.config.height, self.bundle.config.width)
+        if not maps.any():
+            warnings.warn("the head lies outside the frame, so nothing steers the portrait; move it back", stacklevel=2)
+        return maps
 
     def generate(self, subject: Subject, head: HeadCode | None = None, settings: Settings | None = None,
                  **changes: object) -> Iterator[Step]:

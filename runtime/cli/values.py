@@ -28,7 +28,10 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 def strength(text: str) -> tuple[str, float]:
     """`name=value`: an expression unit and how strong it is."""
-    name, _, value = text.partition("=")
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is not name=value, such as mouthSmile=0.7; a photo stands before "
+                                         "the flags, or behind --photo")
     if not name or not -5 <= _float(value) <= 5:
         raise argparse.ArgumentTypeError(f"{text!r} is not name=value with a value from -5 to 5, "
                                          "such as mouthSmile=0.7")

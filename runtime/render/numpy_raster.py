@@ -1,6 +1,6 @@
 """The condition maps in numpy: exact, and quick enough to feed a training.
 
-Every (face, pixel) pair whose pixel lies in the face's box is tested at once; there is no loop over faces.
+Every (face, pixel) pair whose pixel lies in the face's box is tested, all of a head's at once: no loop over faces.
 """
 from dataclasses import dataclass
 
@@ -12,6 +12,8 @@ from .maps import AREA_EPSILON, DEPTH_OFFSET, SH_FACTORS, Mesh, drawable_faces, 
 Indices = Int[np.ndarray, " n"]
 Scalars = Float32[np.ndarray, " n"]
 Corners = Float32[np.ndarray, "faces 3 3"]  # (face, corner, xyz)
+Pixels = Int[np.ndarray, "faces 2"]  # (column, row)
+PAIRS_AT_ONCE = 4_000_000  # face and pixel; about 0.5 GB. A head makes a tenth of that, a mesh of spikes any number
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,12 @@ def rasterize(mesh: Mesh, height: int, width: int) -> Fragments:
     Source: pytorch3d's `rasterize_meshes` with blur 0, one face a pixel, no perspective correction.
     """
     drawn, corners, areas = drawable_faces(mesh)
-    face, row, column = _pixels_in_boxes(corners, height, width)
-    centre = _pixel_centres(width)[column], _pixel_centres(height)[row]
-    inside, weights = _barycentric(corners, areas + AREA_EPSILON, face, *centre)
-    face, pixel = face[inside], (row * width + column)[inside]
-    depth = np.einsum("nk,nk->n", weights, np.take(corners[..., 2], face, axis=0) + DEPTH_OFFSET)
-    nearest = _nearest(pixel, face, depth, height * width)
-    return Fragments(pixel[nearest], drawn[face[nearest]], weights[nearest], depth[nearest])
+    first, end = _boxes(corners, height, width)
+    pairs = (end - first).prod(axis=1)
+    seen: list[Fragments] = []
+    for run in np.split(np.arange(len(drawn)), _run_ends(pairs)):
+        seen = [_front([*seen, _over_pixels(corners, areas, first, end, run, height, width)], height * width)]
+    return Fragments(seen[0].pixel, drawn[seen[0].face], seen[0].weights, seen[0].depth)
 
 
 def texture_grid(face_uv: Float32[np.ndarray, "faces 3 2"]) -> Float32[np.ndarray, "faces 3 2"]:
@@ -104,19 +105,45 @@ def _pixel_centres(count: int) -> Scalars:
     return (2 * np.arange(count, dtype=np.float32) + 1) / np.float32(count) - 1
 
 
-def _pixels_in_boxes(corners: Corners, height: int, width: int) -> tuple[Indices, Indices, Indices]:
-    """(face, row, column) of every pixel whose centre may lie in the face's box."""
+def _boxes(corners: Corners, height: int, width: int) -> tuple[Pixels, Pixels]:
+    """First and end (column, row) of the pixels whose centres may lie in each face's box."""
     frame = np.array([width, height])
     margin = 1e-3  # px; more than float32 rounds off
     a, b, c = (((corners[:, k, :2] + 1) * frame - 1) / 2 for k in range(3))  # in pixels
     first = np.clip(np.ceil(np.minimum(np.minimum(a, b), c) - margin), 0, frame).astype(np.intp)
     end = np.clip(np.floor(np.maximum(np.maximum(a, b), c) + margin) + 1, first, frame).astype(np.intp)
-    columns, rows = (end - first).T
+    return first, end
+
+
+def _run_ends(pairs: Indices) -> Int[np.ndarray, " ends"]:
+    """Where to cut the faces so that no run holds many more than PAIRS_AT_ONCE pairs."""
+    runs = np.cumsum(pairs) // PAIRS_AT_ONCE
+    return np.flatnonzero(np.diff(runs)) + 1
+
+
+def _over_pixels(corners: Corners, areas: Float32[np.ndarray, " faces"], first: Pixels, end: Pixels,
+                 run: Int[np.ndarray, " run"], height: int, width: int) -> Fragments:
+    """Every pair of a face of the run and a pixel that it covers."""
+    columns, rows = (end - first)[run].T
     count = columns * rows
-    face = np.repeat(np.arange(len(corners)), count)
+    face = np.repeat(run, count)
     step = np.arange(len(face)) - np.repeat(np.cumsum(count) - count, count)
-    row, column = np.divmod(step, columns[face])
-    return face, row + first[face, 1], column + first[face, 0]
+    row, column = np.divmod(step, np.repeat(columns, count))
+    row, column = row + first[face, 1], column + first[face, 0]
+    centre = _pixel_centres(width)[column], _pixel_centres(height)[row]
+    inside, weights = _barycentric(corners, areas + AREA_EPSILON, face, *centre)
+    face, pixel = face[inside], (row * width + column)[inside]
+    depth = np.einsum("nk,nk->n", weights, np.take(corners[..., 2], face, axis=0) + DEPTH_OFFSET)
+    return Fragments(pixel, face, weights, depth)
+
+
+def _front(parts: list[Fragments], pixels: int) -> Fragments:
+    """The nearest of all parts at each pixel."""
+    pixel, face, weights, depth = (
+        arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        for arrays in zip(*((part.pixel, part.face, part.weights, part.depth) for part in parts), strict=True))
+    nearest = _nearest(pixel, face, depth, pixels)
+    return Fragments(pixel[nearest], face[nearest], weights[nearest], depth[nearest])
 
 
 def _barycentric(

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from caphuman_edge.export import official
 from caphuman_edge.export.builder import _copy_perception, _write_selftest
 from caphuman_edge.export.official import GRAPHS, IdentityGraph, ParserGraph, export_graph, export_official, main
 from caphuman_edge.ref.deca import HeadEncoder
@@ -105,3 +106,15 @@ def test_a_bundle_takes_the_official_graphs_that_are_there(mtcnn, tmp_path):
     assert components["mtcnn_rnet"].files.keys() == {"mtcnn_rnet/model.onnx", "mtcnn_rnet/weights.bin"}
     _write_selftest(bundle, {}, graphs(NANO), components)
     assert "mtcnn_rnet/out/probability" in np.load(bundle / "selftest.npz")
+
+
+def test_a_missing_checkpoint_is_told_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(official.assets, "fetch", lambda *_: pytest.fail("fetched"))
+    with pytest.raises(CheckpointError, match="deca_model.tar does not exist"):
+        main(["--out", str(tmp_path), "--deca", str(tmp_path / "deca_model.tar"), "--fetch"])
+
+
+def test_a_damaged_list_of_sources_is_told(tmp_path):
+    (tmp_path / "sources.json").write_text("[{")
+    with pytest.raises(CheckpointError, match="sources.json is damaged"):
+        official._read_sources(tmp_path)

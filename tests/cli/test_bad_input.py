@@ -135,6 +135,7 @@ def test_exif_turns_a_photo_upright_to_the_pixel(astronaut, upright, folder, tmp
 @pytest.mark.parametrize(("flags", "words"), [
     (("--expression", "grin=1"), ('"grin"', "mouthSmileLeft")),
     (("--expression", "mouthSmile"), ("'mouthSmile'", "name=value")),
+    (("--expression", "smile=1", "me.jpg"), ("'me.jpg'", "before the flags")),
     (("--expression", "mouthSmile=nan"), ("'mouthSmile=nan'", "-5 to 5")),
     (("--yaw", "nan"), ("--yaw", "-180 to 180")),
     (("--yaw", "left"), ("--yaw", "'left'")),

@@ -70,6 +70,11 @@ def test_guidance_moves_away_from_the_negative_prompt(pipe, subject, calls):
     assert np.abs(positive - negative).max() > 1e-5  # the miniature has hardly learnt to read, either
 
 
+def test_a_head_outside_the_frame_is_warned_of(pipe, subject):
+    with pytest.warns(UserWarning, match="outside the frame"):
+        assert not pipe.maps(subject.head.moved(x=9.0)).any()
+
+
 def test_tau_drops_the_face_tokens_above_it_only(pipe, subject, calls):
     draw(pipe, subject, steps=4, tau=501)
     assert [bool(call["face_tokens"].any()) for call in calls] == [False, True, True, True]

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from caphuman_edge.runtime.render import Mesh, render_maps
+from caphuman_edge.runtime.render import Mesh, numpy_raster, render_maps
 from caphuman_edge.runtime.render.numpy_raster import rasterize
 
 GREY = np.full((4, 4, 3), 0.5, np.float32)
@@ -120,3 +120,15 @@ def test_each_light_term_shades_by_its_harmonic(term, factor):
     light[term] = 1, 2, 4
     rendered = render_maps(_mesh(UPPER_LEFT, normal=(0.5, -0.25, 2), light=light), 2, 2)[6:, 0, 0]
     np.testing.assert_allclose(rendered, 0.5 * factor * np.array([1, 2, 4]), rtol=1e-5)
+
+
+def test_a_mesh_of_huge_faces_is_drawn_in_runs(monkeypatch):
+    """However many layers cover a pixel, the nearest is seen, and memory holds a few runs of them."""
+    depths = np.random.default_rng(0).permutation(40) / 10
+    mesh = _mesh(*[[[-1, -1], [3, -1], [-1, 3]]] * 40, z=depths)
+    whole = rasterize(mesh, 16, 16)
+    monkeypatch.setattr(numpy_raster, "PAIRS_AT_ONCE", 1000)
+    in_runs = rasterize(mesh, 16, 16)
+    assert set(in_runs.face) == {np.argmin(depths)}
+    for part in ("pixel", "face", "weights", "depth"):
+        np.testing.assert_array_equal(getattr(in_runs, part), getattr(whole, part))
