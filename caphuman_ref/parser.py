@@ -10,8 +10,6 @@ from torch.nn import functional as F
 from caphuman_edge.ref.resnet import BasicBlock, ResNet
 
 CLASSES = 19
-# Background, ears, earring, neck, necklace, cloth, hair, hat: white in what the image encoder sees.
-REMOVED = (0, 7, 8, 9, 14, 15, 16, 17, 18)
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB in 0..1
 IMAGE_STD = (0.229, 0.224, 0.225)
 

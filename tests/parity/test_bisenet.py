@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from caphuman_edge.ref.checkpoints import load_strictly
-from caphuman_edge.ref.parser import REMOVED, FaceParser, normalise
+from caphuman_edge.ref.parser import FaceParser, normalise
 from caphuman_edge.runtime.errors import CheckpointError
+from caphuman_edge.runtime.perception.parse import NOT_FACE
 
 TIE = 1e-4  # logits closer than this may swap
 
@@ -33,7 +34,7 @@ def test_labels_equal_the_official_ones_but_for_ties(case):
 
 def test_what_is_no_face_becomes_white(case):
     image, logits, suite, out = case
-    masked = np.where(np.isin(logits[0].argmax(axis=0), REMOVED)[..., None], 255, image)
+    masked = np.where(np.isin(logits[0].argmax(axis=0), NOT_FACE)[..., None], 255, image)
     assert (masked == suite[f"{out}/masked_image"]).all(axis=2).mean() > 0.999
 
 
