@@ -60,7 +60,6 @@ def test_the_outline_slides_with_the_yaw_as_the_official_one(golden):
     flame = golden("flame.npz")
     bins = [yaw_bin(rotation_matrices(pose[None, :3])[0]) for pose in flame["in/pose"]]
     assert bins == flame["out/dyn_index"].tolist()
-    assert len(set(bins)) >= 10  # the recording reaches both ends and rounds both ways
 
 
 def test_all_68_landmarks_lie_where_the_official_ones_do(golden, model):

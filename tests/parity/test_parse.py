@@ -5,16 +5,16 @@ import pytest
 from caphuman_edge.runtime.perception.parse import LARGEST_PARSED, face_on_white
 
 
-@pytest.mark.parametrize("name", ["a", "b_odd"])
-def test_everything_but_the_face_is_white(golden, name):
+def test_everything_but_the_face_is_white(golden):
     recorded = golden("bisenet.npz")
-    image, logits = recorded[f"in/{name}/image"], recorded[f"out/{name}/logits"]
+    for name in (key.split("/")[1] for key in recorded if key.startswith("in/")):
+        image, logits = recorded[f"in/{name}/image"], recorded[f"out/{name}/logits"]
 
-    def parser(feed):
-        np.testing.assert_allclose(feed["image"][0], image.transpose(2, 0, 1) / 255, atol=1e-6)
-        return {"logits": logits}
+        def parser(feed, image=image, logits=logits):
+            np.testing.assert_allclose(feed["image"][0], image.transpose(2, 0, 1) / 255, atol=1e-6)
+            return {"logits": logits}
 
-    np.testing.assert_array_equal(face_on_white(image, parser, edge=None), recorded[f"out/{name}/masked_image"])
+        np.testing.assert_array_equal(face_on_white(image, parser, edge=None), recorded[f"out/{name}/masked_image"])
 
 
 @pytest.mark.parametrize(("height", "width", "edge", "parsed"), [
