@@ -18,7 +18,7 @@ LARGEST_FRAME = 2048  # px; more shows nothing that is measured, and a huge phot
 
 
 @dataclass(frozen=True)
-class Window:
+class Region:
     """A rectangle in photo pixels; it may reach beyond the border."""
 
     left: float
@@ -40,27 +40,27 @@ def frame_photo(photo: UInt8[np.ndarray, "h w 3"], face: FaceLandmarks, fit: Fit
     """
     if fit == "squash":
         return photo, face
-    windows = {"face": _around_face, "crop": _largest_within, "pad": _smallest_around}
-    return _cut_out(photo, face, windows[fit](photo.shape[1], photo.shape[0], face, aspect))
+    regions = {"face": _around_face, "crop": _largest_within, "pad": _smallest_around}
+    return _cut_out(photo, face, regions[fit](photo.shape[1], photo.shape[0], face, aspect))
 
 
-def _around_face(width: int, height: int, face: FaceLandmarks, aspect: float) -> Window:
+def _around_face(width: int, height: int, face: FaceLandmarks, aspect: float) -> Region:
     edge = max(2, round(float(np.ptp(face.points[:, :2], axis=0).max()) / FACE_HEIGHT))
     left, top = _middle(face) - edge * np.array(FACE_CENTRE)
     wide, high = edge * max(1.0, aspect), edge * max(1.0, 1 / aspect)
-    return Window(float(left) - (wide - edge) / 2, float(top) - (high - edge) / 2, wide, high)
+    return Region(float(left) - (wide - edge) / 2, float(top) - (high - edge) / 2, wide, high)
 
 
-def _largest_within(width: int, height: int, face: FaceLandmarks, aspect: float) -> Window:
+def _largest_within(width: int, height: int, face: FaceLandmarks, aspect: float) -> Region:
     high = min(height, width / aspect)
     size = np.array([high * aspect, high])
     left, top = np.clip(_middle(face) - size / 2, 0, [width, height] - size)
-    return Window(float(left), float(top), float(size[0]), float(high))
+    return Region(float(left), float(top), float(size[0]), float(high))
 
 
-def _smallest_around(width: int, height: int, face: FaceLandmarks, aspect: float) -> Window:
+def _smallest_around(width: int, height: int, face: FaceLandmarks, aspect: float) -> Region:
     high = max(height, width / aspect)
-    return Window((width - high * aspect) / 2, (height - high) / 2, high * aspect, float(high))
+    return Region((width - high * aspect) / 2, (height - high) / 2, high * aspect, float(high))
 
 
 def _middle(face: FaceLandmarks) -> np.ndarray:
@@ -69,12 +69,12 @@ def _middle(face: FaceLandmarks) -> np.ndarray:
 
 
 def _cut_out(photo: UInt8[np.ndarray, "h w 3"], face: FaceLandmarks,
-             window: Window) -> tuple[UInt8[np.ndarray, "H W 3"], FaceLandmarks]:
-    scale = min(1.0, LARGEST_FRAME / max(window.width, window.height))
+             region: Region) -> tuple[UInt8[np.ndarray, "H W 3"], FaceLandmarks]:
+    scale = min(1.0, LARGEST_FRAME / max(region.width, region.height))
     if scale < 1:
         photo, face = _scaled(photo, face, scale)
     left, top, width, height = (round(scale * side) for side in
-                                (window.left, window.top, window.width, window.height))
+                                (region.left, region.top, region.width, region.height))
     rows = np.clip(np.arange(top, top + max(1, height)), 0, photo.shape[0] - 1)
     columns = np.clip(np.arange(left, left + max(1, width)), 0, photo.shape[1] - 1)
     points = face.points - np.array([left, top, 0], np.float32)

@@ -12,7 +12,7 @@ from typing import Any
 
 from caphuman_edge.runtime.errors import CheckpointError
 
-MAX_STEPS = 1_000_000  # FLAME takes some hundreds; also bounds the memory for small objects
+MAX_STEPS = 100_000  # FLAME takes some hundreds; also bounds the memory for small objects
 MODULES = {  # where the same thing has lain: Python 2, older scipy, numpy before 2
     "copy_reg": "copyreg", "__builtin__": "builtins", "scipy.sparse._csc": "scipy.sparse.csc",
     "scipy.sparse._csr": "scipy.sparse.csr", "numpy._core.multiarray": "numpy.core.multiarray",
