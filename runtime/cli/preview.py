@@ -69,7 +69,8 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Look at the photos, draw the maps, write them."""
     names = [FACES, *([POSE_FACES] if args.pose else []), *MAPS, SHEET]
-    files = [*(args.out_dir / name for name in names), *([args.raw] if args.raw else [])]
+    shown = [args.out_dir / name for name in names]
+    files = [*shown, *([args.raw] if args.raw else [])]
     check_apart(files, controls.photo_files(args))
     check_writable(files)
     sources = controls.load_sources(args)
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     tiles += [Tile(label, picture) for label, picture in zip(labels, pictures.values(), strict=True)]
     written = [*(look.faces() for look in looks), *pictures.values(), contact_sheet(tiles, columns=3)]
     make_folder(args.out_dir)
-    for file, pixels in zip(files, written, strict=False):
+    for file, pixels in zip(shown, written, strict=True):
         save_png(file, pixels)
     if args.raw:
         _save_array(args.raw, maps)
