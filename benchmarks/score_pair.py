@@ -5,14 +5,22 @@ from functools import cache
 
 import numpy as np
 
-from benchmarks.heldout import Pair, Pictures
+from benchmarks.heldout import PAIRING_SEED, Pair, Pictures
 from benchmarks.scorer import ArcFace, Scorer
-from caphuman_edge.export.attributes import PHRASES, measure_attributes
+from caphuman_edge.export.attributes import (
+    COLOURS,
+    HAIR_COLOURS,
+    PHRASES,
+    head_attributes,
+    part_attributes,
+    parts_of,
+)
 from caphuman_edge.runtime.errors import FaceError
 from caphuman_edge.runtime.head import HeadCode, mix, project
 from caphuman_edge.runtime.image import resize
 from caphuman_edge.runtime.perceive import Subject
 from caphuman_edge.runtime.perception import BLENDSHAPES, FaceLandmarks
+from caphuman_edge.runtime.perception.graph import Graph
 from caphuman_edge.runtime.pipeline import Pipeline
 from caphuman_edge.runtime.sheet import map_pictures
 
@@ -21,7 +29,10 @@ ANGLES = ("yaw", "pitch", "roll")
 UNITS: Mapping[str, tuple[str, ...]] = {  # expression units, as the mean of these blendshape scores
     "jawOpen": ("jawOpen",), "mouthSmile": ("mouthSmileLeft", "mouthSmileRight"),
     "eyeBlink": ("eyeBlinkLeft", "eyeBlinkRight")}
-NAMED = {"hair": "person", "background": "person", "light": "head", "smile": "head"}  # whose attribute a prompt names
+DEALT: Mapping[str, tuple[str, ...]] = {  # what prompts name at random, whatever the photos show
+    "hair": HAIR_COLOURS, "background": COLOURS, "clothes": COLOURS, "length": ("long", "short"),
+    "glasses": ("yes", "no")}
+OF_THE_HEAD = ("light", "smile")  # what they name of the target, whose head shows it, too
 OUTER_EYE_CORNERS = (33, 263)
 BACKDROP = 128  # grey around the pasted map
 Picture = np.ndarray  # (h, w, 3) uint8
@@ -42,8 +53,11 @@ class Task:
 class Bench:
     """Everything that makes and measures portraits, loaded once."""
 
-    def __init__(self, pipe: Pipeline, pictures: Pictures, scorer: Scorer | ArcFace, steps: int, swapped: bool):
-        self.pipe, self.pictures, self.scorer, self.steps, self.swapped = pipe, pictures, scorer, steps, swapped
+    def __init__(self, pipe: Pipeline, pictures: Pictures, scorer: Scorer | ArcFace, parser: Graph, steps: int,
+                 dealt: bool):
+        """`dealt`: prompts name attributes at random; else the reference's own."""
+        self.pipe, self.pictures, self.scorer, self.parser = pipe, pictures, scorer, parser
+        self.steps, self.dealt = steps, dealt
         self.measured = cache(self._measured)
         self.identity = cache(self._identity)
 
@@ -52,9 +66,9 @@ class Bench:
         reference, (target_name, target) = self.measured(pair.reference), self._turned(pair.targets)
         if reference is None:
             return None
-        person = self.measured(pair.others[0]) if self.swapped else reference
-        seen = {"person": _attributes(person or reference), "head": _attributes(target)}
-        wanted = {name: seen[whose][name] for name, whose in NAMED.items() if name in seen[whose]}
+        of_head = _head_attributes(target)
+        wanted = dealt_attributes(pair.number) if self.dealt else self._part_attributes(reference)
+        wanted |= {name: of_head[name] for name in OF_THE_HEAD if name in of_head}
         head = mix(reference.head, target.head, "all")
         return Task(reference, target, target_name, head, wanted, prompt_of(wanted))
 
@@ -90,8 +104,12 @@ class Bench:
             "landmarks": self._landmark_distance(seen.face, task.head, picture),
             "own": float(identity @ self.identity(pair.reference)),
             "others": [float(identity @ other) for other in others],
-            "attributes": _attributes(seen),
+            "attributes": self._part_attributes(seen) | _head_attributes(seen),
         }
+
+    def _part_attributes(self, subject: Subject) -> dict[str, str]:
+        found = part_attributes(subject.photo, parts_of(subject.photo, self.parser))
+        return {name: value for name, value in found.items() if name in DEALT}
 
     def _turned(self, names: tuple[str, ...]) -> tuple[str, Subject]:
         """The first picture that is turned far enough."""
@@ -124,6 +142,12 @@ class Bench:
         return self.scorer(subject.photo, subject.face)
 
 
+def dealt_attributes(pair: int) -> dict[str, str]:
+    """One value of each of DEALT, the same for every bundle."""
+    rng = np.random.default_rng([PAIRING_SEED, pair, 1])
+    return {name: str(rng.choice(values)) for name, values in DEALT.items()}
+
+
 def wanted_of(task: Task) -> dict[str, object]:
     """What is asked for, in the form of `Bench.measure`."""
     return {"angles": dict(zip(ANGLES, task.head.angles, strict=True)), "units": expression_units(task.target.face),
@@ -141,6 +165,5 @@ def prompt_of(attributes: Mapping[str, str]) -> str:
     return ", ".join(["a portrait", *(PHRASES[name][value][0] for name, value in attributes.items())])
 
 
-def _attributes(subject: Subject) -> dict[str, str]:
-    found = measure_attributes(subject.photo, subject.face, subject.head.light)
-    return {name: found[name] for name in NAMED if name in found}
+def _head_attributes(subject: Subject) -> dict[str, str]:
+    return head_attributes(subject.photo, subject.face, subject.head.light)

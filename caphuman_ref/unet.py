@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
+from caphuman_edge.ref.sampler import alphas_cumprod
 from caphuman_edge.runtime.contract import UNetConfig
 
 TRANSFORMER_NORM_EPS = 1e-6  # unlike the 1e-5 of every other norm here
@@ -53,6 +54,8 @@ class UNet(UNetEncoder):
         self.output_blocks = nn.ModuleList(_output_blocks(config))
         self.out = nn.Sequential(nn.GroupNorm(config.norm_groups, config.model_channels), nn.SiLU(),
                                  zeroed(nn.Conv2d(config.model_channels, latent_channels, 3, padding=1)))
+        if config.prediction == "v":
+            self.register_buffer("alphas_cumprod", alphas_cumprod(), persistent=False)
 
     def forward(self, latent: Float[Tensor, "b c h w"], timestep: Num[Tensor, "#b"], context: Float[Tensor, "b n ctx"],
                 residuals: Sequence[Tensor] | None = None) -> Float[Tensor, "b c h w"]:
@@ -64,7 +67,13 @@ class UNet(UNetEncoder):
         *skips, hidden = features
         for block, skip in zip(self.output_blocks, reversed(skips), strict=True):
             hidden = block(torch.cat([hidden, skip], dim=1), time, context)
-        return self.out(hidden)
+        predicted = self.out(hidden)
+        return self._eps_of_v(predicted, latent, timestep) if self.config.prediction == "v" else predicted
+
+    def _eps_of_v(self, v: Tensor, latent: Tensor, timestep: Tensor) -> Tensor:
+        """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans and Ho 2022, section 4), solved for eps."""
+        alpha_bar = self.alphas_cumprod[timestep.long()][:, None, None, None]
+        return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * latent
 
 
 class Block(nn.ModuleList):

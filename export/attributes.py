@@ -1,50 +1,78 @@
-"""What a caption can say of a portrait, measured from its pixels and landmarks; and the captions that say it.
+"""What a caption can say of a portrait, measured from its pixels, parts and landmarks; and the captions that say it.
 
-Measured, not recognised: hair is the colour above the face that is not skin's, background what most of the upper
-corners show, light the brighter cheek. Thresholds were set by eye on contact sheets of 420 pictures. The same
-functions score whether a generated portrait obeyed its prompt.
+Parts come from the face parser (see `parts_of`): hair is the hair's colour and background the background's, not guesses
+from where they usually are. The same functions score whether a generated portrait obeyed its prompt. Thresholds were
+set by eye on contact sheets of training pictures.
 """
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
+from PIL import Image
 
+from caphuman_edge.runtime.perception.graph import Graph
 from caphuman_edge.runtime.perception.landmarks import BLENDSHAPES, FaceLandmarks
+from caphuman_edge.runtime.perception.parse import part_labels
 
-FOREHEAD, CHIN = 10, 152  # landmark indices: topmost and lowest point of the face oval
-FOREHEAD_ARC = (54, 103, 67, 109, 10, 338, 297, 332, 284)
-SKIN = (50, 280, 101, 330, 205, 425, 151, 9, 195, 108, 337)  # cheeks, forehead, nose
-LEFT_CHEEK = (50, 101, 205, 117, 187, 118, 36, 123)  # at image left when the head faces the viewer
+PARSED_EDGE = 320  # px: the parser leaves holes in faces of 256 px
+BACKGROUND, SKIN_PART, GLASSES, CLOTHES, HAIR, HAT = 0, 1, 6, 16, 17, 18  # the parser's labels
+LEFT_CHEEK = (50, 101, 205, 117, 187, 118, 36, 123)  # landmarks at image left when the head faces the viewer
 RIGHT_CHEEK = (280, 330, 425, 346, 411, 347, 266, 352)
-HAIR_HEIGHTS = np.linspace(0.06, 0.26, 11)  # above the forehead, in face heights
-LEAST_HAIR = 0.4  # share of the pixels above the forehead that are not skin; less is a bald or hidden head
-CORNER = 0.12  # width of the background patches in frame widths; they are twice as high
-LEAST_AGREEING = 0.5  # share of the background that must be of one class
+FOREHEAD, CHIN = 10, 152  # landmarks: topmost and lowest point of the face oval
+LEAST_PART = 0.015  # share of the picture; less of it has no colour worth naming
+LEAST_AGREEING = 0.5  # share of a part's pixels that must be of one colour
+LEAST_GLASSES, LEAST_HAT = 0.004, 0.03  # shares of the picture
+LONG, SHORT = 0.25, 0.02  # share of the hair below the chin: more is long, less is short
 RGB_TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])  # sRGB
 WHITE = np.array([0.9505, 1.0, 1.089])  # D65
+COLOURS = ("black", "white", "grey", "brown", "red", "yellow", "green", "blue", "purple")
+HAIR_COLOURS = ("black", "brown", "blond", "red", "grey", "blue", "green", "pink")
 PHRASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "hair": {"black": ("black hair", "dark hair"), "brown": ("brown hair",), "blond": ("blond hair", "blonde hair"),
-             "red": ("red hair", "auburn hair")},
-    "background": {"dark": ("dark background", "black background"), "bright": ("bright background", "white background"),
-                   "grey": ("grey background", "plain background"), "blue": ("blue background", "in front of the sky"),
-                   "green": ("green background", "outdoors, in front of trees"),
-                   "warm": ("brown background", "warm background")},
-    "light": {"left": ("lit from the left", "light from the left"),
-              "right": ("lit from the right", "light from the right"), "front": ("soft light", "lit from the front")},
-    "smile": {"yes": ("smiling", "with a smile", "happy"), "no": ("serious", "not smiling", "neutral face")},
-    "mouth": {"open": ("open mouth", "showing teeth"), "closed": ("closed mouth",)},
+    "hair": {colour: (f"{colour} hair",) for colour in HAIR_COLOURS},
+    "background": {colour: (f"{colour} background",) for colour in COLOURS},
+    "clothes": {colour: (f"{colour} shirt", f"{colour} clothes") for colour in COLOURS},
+    "length": {"long": ("long hair",), "short": ("short hair",)},
+    "glasses": {"yes": ("wearing glasses", "with glasses"), "no": ("without glasses",)},
+    "hat": {"yes": ("wearing a hat", "with a hat")},
+    "light": {"left": ("lit from the left",), "right": ("lit from the right",), "front": ("lit from the front",)},
+    "smile": {"yes": ("smiling", "with a smile"), "no": ("serious", "not smiling")},
+    "mouth": {"open": ("open mouth",), "closed": ("closed mouth",)},
 }
-OPENINGS = ("a photo of a person", "a portrait", "portrait photo of a person", "a person", "photo")
+MIRRORED = {"left": "right", "right": "left"}  # what a mirror makes of a value
+OPENINGS = ("a photo of a person", "a portrait")
+KEPT = 0.75  # share of a picture's attributes that a caption names
 
 
-def measure_attributes(image: UInt8[np.ndarray, "h w 3"], face: FaceLandmarks,
-                       light: Float32[np.ndarray, "9 3"]) -> dict[str, str]:
-    """The values of PHRASES that hold in this picture; what lies between two classes is left out."""
-    skin, left, right = (_pixels(image, face.points[list(where), :2]) for where in (SKIN, LEFT_CHEEK, RIGHT_CHEEK))
-    found = {"hair": hair_colour(_pixels(image, _above_forehead(face)), skin),
-             "background": background_colour(_corners(image)), "light": light_side(left, right, light),
-             "smile": _smile(face), "mouth": _mouth(face)}
-    return {name: value for name, value in found.items() if value}
+def parts_of(image: UInt8[np.ndarray, "h w 3"], parser: Graph) -> UInt8[np.ndarray, "h w"]:
+    """Which part of a portrait each pixel shows, in the parser's labels."""
+    height, width = image.shape[:2]
+    scale = PARSED_EDGE / min(height, width)
+    larger = Image.fromarray(image).resize((round(scale * width), round(scale * height)), Image.Resampling.BICUBIC)
+    labels = Image.fromarray(part_labels(np.asarray(larger), parser))
+    return np.asarray(labels.resize((width, height), Image.Resampling.NEAREST))
+
+
+def head_attributes(image: UInt8[np.ndarray, "h w 3"], face: FaceLandmarks,
+                    light: Float32[np.ndarray, "9 3"]) -> dict[str, str]:
+    """Light, smile and mouth, where they can be told."""
+    left, right = (_pixels(image, face.points[list(where), :2]) for where in (LEFT_CHEEK, RIGHT_CHEEK))
+    return _told({"light": light_side(left, right, light), "smile": _smile(face), "mouth": _mouth(face)})
+
+
+def part_attributes(image: UInt8[np.ndarray, "h w 3"], parts: UInt8[np.ndarray, "h w"]) -> dict[str, str]:
+    """Hair, its length, background, clothes, glasses and hat, where they can be told."""
+    pixels = {name: _part(image, parts == label)
+              for name, label in (("hair", HAIR), ("background", BACKGROUND), ("clothes", CLOTHES))}
+    hat = (parts == HAT).mean() > LEAST_HAT
+    found = {name: colour_name(pixels[name]) for name in ("background", "clothes")}
+    return _told({"hair": hair_colour(pixels["hair"]), "length": None if hat else _hair_length(parts), **found,
+                  "glasses": "yes" if (parts == GLASSES).mean() > LEAST_GLASSES else "no",
+                  "hat": "yes" if hat else None})
+
+
+def mirrored(attributes: Mapping[str, str]) -> dict[str, str]:
+    """The attributes of the mirrored picture."""
+    return {name: MIRRORED.get(value, value) for name, value in attributes.items()}
 
 
 def captions(attributes: Mapping[str, str], count: int, rng: np.random.Generator) -> list[str]:
@@ -52,41 +80,48 @@ def captions(attributes: Mapping[str, str], count: int, rng: np.random.Generator
     return [_caption(attributes, rng) for _ in range(count)]
 
 
-def hair_colour(pixels: Float[np.ndarray, "n 3"], skin: Float[np.ndarray, "m 3"]) -> str | None:
-    """black, brown, blond or red, of pixels above the forehead that may be skin, too (RGB 0..1).
+def colour_name(pixels: Float[np.ndarray, "n 3"]) -> str | None:
+    """The one of COLOURS that most pixels have (RGB 0..1), or None where none prevails or there are no pixels.
 
-    In CIELAB: L lightness, chroma, hue in degrees. Skin is nearly as light as the face and of its hue; blond hair is
-    yellower. Grey hair is left out: shine on brown hair and pale pictures could not be told from it.
+    By CIELAB's lightness, chroma and hue in degrees.
     """
-    lightness, chroma, hue = _lightness_chroma_hue(pixels)
-    skin_lightness, _, skin_hue = (np.median(values) for values in _lightness_chroma_hue(skin))
-    hair = (lightness < skin_lightness - 20) | (np.abs(_turn(hue - skin_hue)) > 13)
-    if hair.mean() < LEAST_HAIR:
+    if not len(pixels):
         return None
-    dark, vivid, tone = (float(values) for values in _lightness_chroma_hue(np.median(pixels[hair], axis=0)))
-    if vivid > 12 and not 10 < tone < 85:
-        return None  # no hair has this colour: a hat, or dye
-    if dark < 17 or (dark < 24 and vivid < 7):
-        return "black"
-    if vivid > 19 and tone < 51 and dark < 45:
-        return "red"
-    if dark > 36 and vivid > 7 and tone > 45 and dark > skin_lightness - 30:
-        return "blond"
-    return "brown" if dark < 34 and vivid > 8 else None
-
-
-def background_colour(pixels: Float[np.ndarray, "n 3"]) -> str | None:
-    """dark, bright, grey, blue, green or warm, if most pixels are that (RGB 0..1)."""
-    value, least = pixels.max(axis=1), pixels.min(axis=1)
-    saturation = (value - least) / np.maximum(value, 1e-6)
-    hue = _hue(pixels, value, value - least)
-    pale, coloured = (value > 0.72) & (saturation < 0.2), saturation > 0.2
-    found = {"dark": value < 0.2, "bright": pale, "grey": (saturation < 0.18) & ~pale,
-             "warm": coloured & ((hue < 47) | (hue > 340)), "green": coloured & (hue > 61) & (hue < 162),
-             "blue": coloured & (hue > 180) & (hue < 260)}
-    shares = {name: float((where & ((name == "dark") | (value > 0.2))).mean()) for name, where in found.items()}
+    light, chroma, hue = _lightness_chroma_hue(pixels)
+    vivid, pale = chroma > 18, chroma < 9
+    warm = (hue > 40) & (hue < 90)
+    found = {"black": (light < 18) & (chroma < 18), "white": (light > 80) & pale,
+             "grey": (light > 28) & (light < 74) & pale, "brown": (light > 18) & (light < 56) & warm & (chroma > 12),
+             "red": vivid & ((hue < 40) | (hue > 352)) & (chroma > 28) & (light < 60),
+             "yellow": vivid & (hue > 74) & (hue < 108) & (light > 62) & (chroma > 32),
+             "green": (hue > 108) & (hue < 190) & (chroma > 12) & (light > 12),
+             "blue": (hue > 215) & (hue < 303) & (chroma > 12) & (light > 12),
+             "purple": vivid & (hue > 307) & (hue < 345)}
+    shares = {name: float(where.mean()) for name, where in found.items()}
     best = max(shares, key=shares.__getitem__)
     return best if shares[best] > LEAST_AGREEING else None
+
+
+def hair_colour(pixels: Float[np.ndarray, "n 3"]) -> str | None:
+    """The one of HAIR_COLOURS that the hair's median has (RGB 0..1); None between two, or without hair."""
+    if not len(pixels):
+        return None
+    light, chroma, hue = (float(value) for value in _lightness_chroma_hue(np.median(pixels, axis=0)))
+    if light < 14 or (light < 22 and chroma < 9):
+        return "black"
+    if chroma < 6:
+        return "grey" if light > 38 else None
+    if chroma > 12 and 100 < hue < 330:
+        return "green" if hue < 190 else "blue" if 215 < hue < 305 else None
+    if light > 45 and chroma > 18 and (hue < 25 or hue > 330):
+        return "pink"
+    if not 20 < hue < 95:
+        return None
+    if light > 43 and hue > 58 and chroma > 8:
+        return "blond"
+    if chroma > 24 and hue < 56 and light > 20:
+        return "red"
+    return "brown" if light < 38 and chroma > 7 else None
 
 
 def light_side(left: Float[np.ndarray, "n 3"], right: Float[np.ndarray, "n 3"],
@@ -101,6 +136,15 @@ def light_side(left: Float[np.ndarray, "n 3"], right: Float[np.ndarray, "n 3"],
     if abs(slope) < 0.15:
         return "front"
     return ("right" if slope > 0 else "left") if abs(slope) > 0.22 else None
+
+
+def _hair_length(parts: UInt8[np.ndarray, "h w"]) -> str | None:
+    """long or short, by how much of the hair hangs below the chin."""
+    hair_rows, skin_rows = (np.nonzero(parts == label)[0] for label in (HAIR, SKIN_PART))
+    if min(len(hair_rows), len(skin_rows)) < LEAST_PART * parts.size:
+        return None
+    below = float((hair_rows > np.percentile(skin_rows, 92)).mean())
+    return "long" if below > LONG else "short" if below < SHORT else None
 
 
 def _smile(face: FaceLandmarks) -> str | None:
@@ -118,12 +162,9 @@ def _score(face: FaceLandmarks, unit: str) -> float:
     return float(face.blendshapes[BLENDSHAPES.index(unit)])
 
 
-def _above_forehead(face: FaceLandmarks) -> Float[np.ndarray, "n 2"]:
-    """Places in the image, in arcs above the forehead's own."""
-    up = face.points[FOREHEAD, :2] - face.points[CHIN, :2]
-    arc = face.points[list(FOREHEAD_ARC), :2]
-    arc = np.concatenate([arc[:-1] + step * np.diff(arc, axis=0) for step in (0, 1 / 3, 2 / 3)])
-    return np.concatenate([arc + height * up for height in HAIR_HEIGHTS])
+def _part(image: UInt8[np.ndarray, "h w 3"], where: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, "n 3"]:
+    """A part's pixels, RGB 0..1; none where the part is too small to have a colour."""
+    return image[where] / 255 if where.mean() > LEAST_PART else np.empty((0, 3))
 
 
 def _pixels(image: UInt8[np.ndarray, "h w 3"], places: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 3"]:
@@ -132,39 +173,21 @@ def _pixels(image: UInt8[np.ndarray, "h w 3"], places: Float[np.ndarray, "n 2"])
     return image[rows, columns] / 255
 
 
-def _corners(image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "n 3"]:
-    """Pixels of both upper corners, RGB 0..1."""
-    edge = max(1, round(CORNER * image.shape[1]))
-    corners = np.concatenate([image[:2 * edge, :edge], image[:2 * edge, -edge:]])
-    return corners.reshape(-1, 3) / 255
-
-
 def _lightness_chroma_hue(colours: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "3 *n"]:
-    """sRGB 0..1 to CIELAB's L (0..100), chroma and hue (degrees)."""
+    """sRGB 0..1 to CIELAB's L (0..100), chroma and hue (degrees, 0..360)."""
     linear = np.where(colours > 0.04045, ((colours + 0.055) / 1.055)**2.4, colours / 12.92)
     ratio = linear @ RGB_TO_XYZ.T / WHITE
     x, y, z = np.moveaxis(np.where(ratio > 0.008856, np.cbrt(ratio), 7.787 * ratio + 4 / 29), -1, 0)
     a, b = 500 * (x - y), 200 * (y - z)
-    return np.stack([116 * y - 16, np.hypot(a, b), np.degrees(np.arctan2(b, a))])
+    return np.stack([116 * y - 16, np.hypot(a, b), np.degrees(np.arctan2(b, a)) % 360])
 
 
-def _hue(pixels: Float[np.ndarray, "n 3"], value: Float[np.ndarray, "n"],
-         spread: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """HSV's hue in degrees, 0..360; value and spread are the channels' maximum and range."""
-    red, green, blue = pixels.T
-    safe = np.maximum(spread, 1e-6)
-    sector = np.where(value == red, (green - blue) / safe, np.where(value == green, 2 + (blue - red) / safe,
-                                                                    4 + (red - green) / safe))
-    return np.asarray(60 * sector % 360)
-
-
-def _turn(degrees: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """The same angles in -180..180."""
-    return np.asarray((degrees + 180) % 360 - 180)
+def _told(found: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in found.items() if value}
 
 
 def _caption(attributes: Mapping[str, str], rng: np.random.Generator) -> str:
-    kept = [name for name in attributes if rng.random() < 0.8]
+    kept = [name for name in attributes if rng.random() < KEPT]
     rng.shuffle(kept)
     phrases = [str(rng.choice(PHRASES[name][attributes[name]])) for name in kept]
     return ", ".join([str(rng.choice(OPENINGS)), *phrases])

@@ -1,11 +1,13 @@
 """Labels for training the miniature, measured by the runtime itself.
 
-    python -m caphuman_edge.export.labels measure --pictures DIR --perception DIR --out LABELS
-    python -m caphuman_edge.export.labels encode  --pictures DIR --vae RUN --out LABELS
+    python -m caphuman_edge.export.labels measure --pictures DIR --perception DIR --parser DIR --out LABELS
+    python -m caphuman_edge.export.labels encode  --pictures DIR --vae RUN --out LABELS [--edge 128]
     python -m caphuman_edge.export.labels render  --out LABELS
 
-`labels.npz` and `latents.npz` are the compact pack that travels; `maps.npy` (several GB) is drawn from it again where
-the training runs. Held-out seeds, unmeasurable faces and pictures that do not look like their identity are left out.
+`labels.npz` and `latents-256.npz` are the compact pack that travels; `maps.npy` (several GB) is drawn from it again
+where the training runs. Held-out seeds, unmeasurable faces and pictures that do not look like their identity are left
+out. Every picture is encoded as it is and again in other colours, mirrored half of the time; captions are measured from
+each of these.
 """
 import argparse
 import io
@@ -22,10 +24,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from caphuman_edge.export.attributes import captions, measure_attributes
+from caphuman_edge.export.attributes import captions, head_attributes, mirrored, part_attributes, parts_of
+from caphuman_edge.export.repaint import repainted
 from caphuman_edge.ref.autoencoder import Autoencoder
 from caphuman_edge.ref.training.weights import load_vae
-from caphuman_edge.runtime.backends import open_backend
+from caphuman_edge.runtime.backends import Graph, open_backend
 from caphuman_edge.runtime.cli import guarded
 from caphuman_edge.runtime.condition import condition_maps
 from caphuman_edge.runtime.contract import HELD_OUT_SEEDS, NANO, PERCEPTION_GRAPHS
@@ -42,7 +45,8 @@ CAPTION_VARIANTS = 6
 CROP_QUALITY = 85  # JPEG
 LEAST_SIMILARITY = 0.3  # cosine to the identity's other pictures
 LATENT_CODES = 24.0  # int8 codes a standard deviation: finer than any noise that training adds
-NEEDS = {"measure": ("pictures", "perception"), "encode": ("pictures", "vae"), "render": ()}  # flags of each stage
+SCALING_PICTURES = 64  # from which the latents' scale is measured, whatever the size that is encoded
+NEEDS = {"measure": ("pictures", "perception", "parser"), "encode": ("pictures", "vae"), "render": ()}  # by stage
 Item = TypeVar("Item")
 CODE_FIELDS = ("identity", "expression", "texture", "pose", "camera", "light", "crop")
 
@@ -56,7 +60,8 @@ class Measured:
     identity: np.ndarray  # (d,) unit vector
     crop: bytes  # JPEG of the face on white
     mask: np.ndarray  # latent-size bool, the face hull
-    captions: np.ndarray  # (variants, 77) uint16
+    attributes: dict[str, str]  # of the head: light, smile, mouth
+    parts: np.ndarray  # (h, w) uint8, the face parser's labels
 
 
 def main() -> int:
@@ -65,8 +70,11 @@ def main() -> int:
     parser.add_argument("stage", choices=("measure", "encode", "render"))
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--perception", type=Path, help="folder of the perception graphs")
+    parser.add_argument("--parser", type=Path, help="folder of the face parser's graph, by `export.official`")
     parser.add_argument("--vae", type=Path, help="folder of a training.vae run")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--edge", type=int, default=NANO.height, help="size to encode at, px: 256, or 128")
+    parser.add_argument("--variants", type=int, default=2, help="latents of each picture: itself, then repainted ones")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     for needed in NEEDS[options.stage]:
@@ -74,26 +82,26 @@ def main() -> int:
             parser.error(f"{options.stage} needs --{needed}")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.stage == "measure":
-        measure(options.pictures, options.perception, options.out, options.workers)
+        measure(options.pictures, options.perception, options.parser, options.out, options.workers)
     elif options.stage == "encode":
-        encode(options.pictures, options.vae, options.out)
+        encode(options.pictures, options.vae, options.out, options.edge, options.variants, options.workers)
     else:
         render(options.out, options.workers)
     return 0
 
 
-def measure(pictures: Path, perception: Path, out: Path, workers: int) -> None:
-    """Write labels.npz of every picture that may be trained on and can be measured."""
+def measure(pictures: Path, perception: Path, parser: Path, out: Path, workers: int) -> None:
+    """Write labels.npz and parts.npz of every picture that may be trained on and can be measured."""
     paths = sorted(path for path in pictures.glob("*.jpg") if int(path.name[:5]) >= HELD_OUT_SEEDS)
     with ProcessPoolExecutor(workers) as pool:
-        results = pool.map(partial(measure_picture, perception), paths, chunksize=16)
+        results = pool.map(partial(measure_picture, perception, parser), paths, chunksize=16)
         measured = [labels for labels in _progress(results, len(paths)) if labels is not None]
     kept = _alike(measured)
     print(f"{len(paths)} pictures, {len(measured)} measured, {len(kept)} kept", file=sys.stderr)
-    _write_labels(out / "labels.npz", kept)
+    _write_labels(out, kept)
 
 
-def measure_picture(perception: Path, path: Path) -> Measured | None:
+def measure_picture(perception: Path, parser: Path, path: Path) -> Measured | None:
     """Labels of one picture, or None where its face cannot be measured."""
     see, image = _perception(perception), load_photo(path)
     try:
@@ -104,25 +112,30 @@ def measure_picture(perception: Path, path: Path) -> Measured | None:
         code = _fitter().fit(face.points, face.blendshapes, head_rotation(face), image)
     except CapHumanError:
         return None
-    rng = np.random.default_rng([int(path.name[:5]), len(path.stem), ord(path.stem[-1])])
-    texts = captions(measure_attributes(image, face, code.light), CAPTION_VARIANTS, rng)
-    ids = np.concatenate([_tokenizer().encode(text) for text in texts]).astype(np.uint16)
     return Measured(path.stem, code, see.identity(image, face), _jpeg(face_crop(image, face, NANO.vision.image_size)),
-                    _latent_mask(hull_mask(face_hull(face), *image.shape[:2])), ids)
+                    _latent_mask(hull_mask(face_hull(face), *image.shape[:2])),
+                    head_attributes(image, face, code.light), parts_of(image, _parser(parser)))
 
 
-def encode(pictures: Path, vae: Path, out: Path) -> None:
-    """Write latents.npz: int8 codes of the scaled latents, scaled to unit variance over all pictures."""
+def encode(pictures: Path, vae: Path, out: Path, edge: int, variants: int, workers: int) -> None:
+    """Write latents-EDGE.npz: int8 codes of scaled latents (n, variants, 4, h, w), and each one's captions.
+
+    They are scaled to unit variance at the pictures' own size.
+    """
     model = load_vae(vae)
-    sizes = asdict(model.config)
-    with np.load(out / "labels.npz") as labels:
-        names = labels["names"]
-    chunks = _progress(_chunks(names, 16), len(names) / 16)
-    means = np.concatenate([_encode(model, pictures, chunk) for chunk in chunks])
-    sizes["latent_scale"] = float(1 / means.std())
-    codes = np.clip(np.rint(means * sizes["latent_scale"] * LATENT_CODES), -127, 127).astype(np.int8)
-    np.savez_compressed(out / "latents.npz", names=names, latents=codes, step=np.float32(1 / LATENT_CODES),
-                        config=json.dumps(sizes))
+    with np.load(out / "labels.npz") as labels, np.load(out / "parts.npz") as parts:
+        names, told = labels["names"], [json.loads(str(text)) for text in labels["attributes"]]
+        jobs = [(pictures / f"{name}.jpg", *labels_of) for name, *labels_of in
+                zip(names, told, parts["parts"], strict=True)]
+    first = np.stack([np.asarray(Image.open(path)) for path, *_ in jobs[:SCALING_PICTURES]])
+    scale = float(1 / _means(model, first).std())
+    with ProcessPoolExecutor(workers) as pool:
+        results = _progress(pool.map(partial(_encoded, vae, edge, variants), jobs, chunksize=16), len(jobs))
+        means, flips, ids = zip(*results, strict=True)
+    codes = np.clip(np.rint(np.stack(means) * scale * LATENT_CODES), -127, 127).astype(np.int8)
+    np.savez_compressed(out / f"latents-{edge}.npz", names=names, latents=codes, mirrored=np.stack(flips),
+                        captions=np.stack(ids), step=np.float32(1 / LATENT_CODES),
+                        config=json.dumps(asdict(model.config) | {"latent_scale": scale}))
 
 
 def render(out: Path, workers: int) -> None:
@@ -153,8 +166,27 @@ def _draw(fields: dict[str, np.ndarray]) -> np.ndarray:
     return condition_maps(NumpyRenderer(), head, code, NANO.height, NANO.width).astype(np.float16)
 
 
-def _encode(model: Autoencoder, pictures: Path, names: np.ndarray) -> np.ndarray:
-    images = np.stack([np.asarray(Image.open(pictures / f"{name}.jpg")) for name in names])
+def _encoded(vae: Path, edge: int, variants: int, job: tuple[Path, dict[str, str], np.ndarray]) -> tuple[
+        np.ndarray, np.ndarray, np.ndarray]:
+    """One picture's variants: latent means, whether each is mirrored, and token ids of its captions."""
+    torch.set_num_threads(1)
+    path, told, parts = job
+    images, flips, ids = [], [], []
+    for variant in range(variants):
+        rng = np.random.default_rng([int(path.name[:5]), len(path.stem), ord(path.stem[-1]), variant])
+        image = np.asarray(Image.open(path).convert("RGB"))
+        flipped = bool(variant and rng.random() < 0.5)
+        if variant:
+            image = repainted(image, parts, rng)
+        attributes = (mirrored(told) if flipped else told) | part_attributes(image, parts)
+        ids.append(np.concatenate([_tokenizer().encode(text) for text in captions(attributes, CAPTION_VARIANTS, rng)]))
+        small = Image.fromarray(image).resize((edge, edge), Image.Resampling.BOX)
+        images.append(np.asarray(small)[:, ::-1 if flipped else 1])
+        flips.append(flipped)
+    return _means(_autoencoder(vae), np.stack(images)), np.array(flips), np.stack(ids).astype(np.uint16)
+
+
+def _means(model: Autoencoder, images: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         means, _ = model.moments(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
     return means.numpy()
@@ -174,14 +206,15 @@ def _similarity(labels: Measured, mates: list[Measured]) -> float:
     return float(labels.identity @ others / np.linalg.norm(others))
 
 
-def _write_labels(path: Path, measured: list[Measured]) -> None:
+def _write_labels(out: Path, measured: list[Measured]) -> None:
+    np.savez_compressed(out / "parts.npz", parts=np.stack([labels.parts for labels in measured]))
     codes: dict[str, Any] = {f"code_{field}": np.stack([getattr(labels.code, field) for labels in measured])
                              .astype(np.float16) for field in CODE_FIELDS}
     np.savez_compressed(
-        path, names=np.array([labels.name for labels in measured]), **codes,
+        out / "labels.npz", names=np.array([labels.name for labels in measured]), **codes,
         identities=np.stack([labels.identity for labels in measured]).astype(np.float16),
         masks=np.packbits(np.stack([labels.mask for labels in measured]), axis=-1),
-        captions=np.stack([labels.captions for labels in measured]),
+        attributes=np.array([json.dumps(labels.attributes) for labels in measured]),
         empty_caption=_tokenizer().encode("")[0].astype(np.uint16),
         crops=np.frombuffer(b"".join(labels.crop for labels in measured), np.uint8),
         crop_ends=np.cumsum([len(labels.crop) for labels in measured]))
@@ -202,10 +235,6 @@ def _jpeg(crop: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _chunks(names: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    return (names[start:start + size] for start in range(0, len(names), size))
-
-
 def _progress(items: Iterable[Item], count: float) -> Iterator[Item]:
     """Pass items on; a line on stderr now and then."""
     for done, item in enumerate(items, start=1):
@@ -220,6 +249,16 @@ def _perception(folder: Path) -> Perception:
     detector, landmarks, blendshapes, identity = (load(folder / name / "model.onnx", threads=1)
                                                   for name in PERCEPTION_GRAPHS)
     return Perception(detector, landmarks, blendshapes, identity)
+
+
+@cache
+def _parser(folder: Path) -> Graph:
+    return open_backend("ort").load(folder / "parser" / "model.onnx", threads=1)
+
+
+@cache
+def _autoencoder(folder: Path) -> Autoencoder:
+    return load_vae(folder)
 
 
 @cache

@@ -63,8 +63,8 @@ def main() -> int:
 def fit_preview(model: CapHuman, labels: Path) -> PreviewDecoder:
     """Least-squares colours of a latent cell, over latents of the labels and what the autoencoder makes of them."""
     cell = model.config.vae.downscale
-    with np.load(labels / "latents.npz") as stored:
-        latents = torch.from_numpy(stored["latents"][::100].astype(np.float32) * stored["step"])
+    with np.load(labels / f"latents-{model.config.height}.npz") as stored:
+        latents = torch.from_numpy(stored["latents"][::100, 0].astype(np.float32) * stored["step"])
     with torch.no_grad():
         colours = torch.cat([F.avg_pool2d(model.first_stage_model.decode(latents[first:first + 8]), cell)
                              for first in range(0, len(latents), 8)])

@@ -30,6 +30,7 @@ class UNetConfig:
     context_width: int = 768
     hint_channels: int = 9  # normal, albedo, rendered
     hint_widths: tuple[int, ...] = (16, 32, 96, 256)
+    prediction: str = "eps"  # what the last layer gives; of "v" the UNet makes eps, so graphs and samplers see eps
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ TINY = Config(  # the golden vectors' nets
 NANO = Config(  # the embedded miniature
     height=256, width=256, identity_width=128, identity_size=112,
     unet=UNetConfig(model_channels=32, channel_mult=(1, 2, 3, 4), attention_levels=(1, 2), num_heads=2,
-                    norm_groups=8, context_width=64, hint_widths=(8, 16, 32, 64)),
+                    norm_groups=8, context_width=64, hint_widths=(8, 16, 32, 64), prediction="v"),
     text=TextConfig(width=64, layers=2, heads=4),
     vision=VisionConfig(width=128, layers=3, heads=4, image_size=96, patch_size=12),
     vae=VaeConfig(channels=24, num_res_blocks=1, norm_groups=8),

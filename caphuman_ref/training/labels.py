@@ -1,8 +1,8 @@
 """What `export.labels` wrote, as batches: pairs of different pictures of one identity.
 
-A label folder holds `labels.npz` (crops, identities, captions, face masks, names), `latents.npz`
-(latents of one autoencoder) and `maps.npy` (condition maps of each picture's head, with the identity and texture that
-another picture of the same person gave).
+A label folder holds `labels.npz` (crops, identities, face masks, names), `latents-EDGE.npz` (latents of pictures of
+that size by one autoencoder, each picture as it is and in other colours, with captions) and `maps.npy` (condition maps
+of each picture's head, with the identity and texture that another picture of the same person gave).
 """
 import io
 import json
@@ -31,21 +31,22 @@ class Batch:
 
 
 class Labels:
-    """A label folder in memory (maps stay memory-mapped)."""
+    """A label folder in memory (maps stay memory-mapped), with latents of pictures of one size."""
 
-    def __init__(self, folder: Path):
-        with np.load(folder / "labels.npz") as labels, np.load(folder / "latents.npz") as latents:
+    def __init__(self, folder: Path, edge: int):
+        with np.load(folder / "labels.npz") as labels, np.load(folder / f"latents-{edge}.npz") as latents:
             if not np.array_equal(labels["names"], latents["names"]):
-                raise CheckpointError(f"{folder}: latents.npz belongs to other labels; "
+                raise CheckpointError(f"{folder}: latents-{edge}.npz belongs to other labels; "
                                       "run `export.labels encode` again")
             if min(int(name[:5]) for name in labels["names"]) < HELD_OUT_SEEDS:
                 raise CheckpointError(f"{folder} holds seeds below {HELD_OUT_SEEDS}, which are never trained on; "
                                       "run `export.labels measure` again")
-            self.latents = latents["latents"] * latents["step"]  # int8 codes to scaled latents
+            self.latents, self.step = latents["latents"], float(latents["step"])  # (n, variants, 4, h, w) int8 codes
+            self.mirrored = latents["mirrored"]  # (n, variants)
+            self.captions = latents["captions"].astype(np.int64)  # (n, variants, wordings, 77)
             self.vae = VaeConfig.from_json(json.loads(str(latents["config"])))  # with the latents' own scale
             self.names, self.identities = labels["names"], labels["identities"].astype(np.float32)
             self.masks = np.unpackbits(labels["masks"], axis=-1).astype(np.float32)
-            self.captions = labels["captions"].astype(np.int64)  # (n, variants, 77)
             self.empty_caption = labels["empty_caption"].astype(np.int64)
             self.crops = _decode_jpegs(labels["crops"], labels["crop_ends"])
         self.maps = np.load(folder / "maps.npy", mmap_mode="r")
@@ -60,23 +61,39 @@ class Labels:
         return len(self.names)
 
     def batch(self, size: int, rng: np.random.Generator, device: torch.device, text_dropout: float) -> Batch:
-        """Random targets, each with a reference from another picture of the same identity.
+        """Random variants of random targets, each with a reference from another picture of the same identity.
 
         An identity seen in one picture only is its own reference, mirrored, so that no pixel can be copied across.
         """
-        targets = rng.integers(len(self), size=size)
+        targets, variants = rng.integers(len(self), size=size), rng.integers(self.latents.shape[1], size=size)
+        flipped = self.mirrored[targets, variants]
         references = np.array([rng.choice(self.others[i]) if len(self.others[i]) else i for i in targets])
         crops = self.crops[references]
-        mirrored = (references == targets) | (rng.random(size) < 0.3)
-        crops[mirrored] = crops[mirrored, :, ::-1]
-        captions = self.captions[targets, rng.integers(self.captions.shape[1], size=size)]
+        turned = np.where(references == targets, ~flipped, rng.random(size) < 0.5)
+        crops[turned] = crops[turned, :, ::-1]
+        captions = self.captions[targets, variants, rng.integers(self.captions.shape[2], size=size)]
         captions[rng.random(size) < text_dropout] = self.empty_caption
+        maps, masks = self._head(targets, flipped)
+        arrays = (self.latents[targets, variants] * np.float32(self.step), maps, masks, normalise(crops),
+                  self.identities[references], captions)
+        return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
+
+    def _head(self, targets: np.ndarray, flipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Maps and masks of the targets in the latents' size; a mirrored head's normals point the other way."""
         order = np.argsort(targets)  # neighbours in the memory map are read together
-        arrays = (self.latents[targets], self.maps[targets[order]][np.argsort(order)],
-                  self.masks[targets].reshape(size, 1, *self.latents.shape[2:]),
-                  normalise(crops), self.identities[references], captions)
-        latents, maps, masks, pixels, identities, ids = (torch.from_numpy(a).to(device) for a in arrays)
-        return Batch(latents.float(), maps.float(), masks, pixels, identities, ids)
+        maps = self.maps[targets[order]][np.argsort(order)].astype(np.float32)
+        masks = self.masks[targets][:, None]
+        maps[flipped], masks[flipped] = maps[flipped, :, :, ::-1], masks[flipped, :, :, ::-1]
+        maps[flipped, 0] *= -1
+        shrink = masks.shape[-1] // self.latents.shape[-1]
+        return _shrunk(maps, shrink), (_shrunk(masks, shrink) >= 0.5).astype(np.float32)
+
+
+def _shrunk(planes: np.ndarray, factor: int) -> np.ndarray:
+    """(n, c, h, w) averaged over squares of `factor` cells."""
+    count, channels, rows, columns = planes.shape
+    squares = planes.reshape(count, channels, rows // factor, factor, columns // factor, factor)
+    return np.ascontiguousarray(squares.mean(axis=(3, 5)))
 
 
 def normalise(crops: np.ndarray) -> np.ndarray:

@@ -7,7 +7,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,25 +28,29 @@ class Plan:
 
     minutes: float  # wall clock of this call; a later call goes on
     batch: int = 16
-    learning_rate: float = 5e-4
+    learning_rate: float = 5e-4  # of AdamW; other optimisers keep their own, and all follow `factor`
     warmup: int = 200  # steps
-    decay_steps: int = 20_000  # cosine decay to a tenth over this many steps
+    decay_steps: int = 20_000  # cosine decay to a twentieth over this many steps
     ema: float = 0.998
     seed: int = 0
     save_every: float = 120.0  # seconds
 
-    def rate(self, step: int) -> float:
-        """Learning rate at a step: linear warm-up, then cosine decay to a tenth."""
+    def factor(self, step: int) -> float:
+        """Share of the learning rate at a step: linear warm-up, then cosine decay to a twentieth."""
         progress = min(1.0, step / self.decay_steps)
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * (0.55 + 0.45 * math.cos(math.pi * progress))
+        return min(1.0, (step + 1) / self.warmup) * (0.525 + 0.475 * math.cos(math.pi * progress))
 
 
 class Run:
     """Trains `model` by a loss function until the clock, a signal or the end of the plan."""
 
-    def __init__(self, folder: Path, model: nn.Module, plan: Plan, metadata: dict[str, Any]):
+    def __init__(self, folder: Path, model: nn.Module, plan: Plan, metadata: dict[str, Any],
+                 optimizers: Sequence[torch.optim.Optimizer] = ()):
+        """`optimizers`: none means AdamW for every parameter."""
         self.folder, self.model, self.plan, self.metadata = folder, model, plan, metadata
-        self.optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizers = list(optimizers) or [
+            torch.optim.AdamW(model.parameters(), plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)]
+        self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(plan.ema))
         self.step = self.samples = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +72,7 @@ class Run:
 
     def save(self) -> None:
         """Write state and EMA weights; each file appears whole or not at all."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+        state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
                  "average": self.average.state_dict(), "step": self.step, "samples": self.samples}
         write_whole(self.folder / "state.pt", lambda path: torch.save(state, path))
         write_weights(self.folder, self.average.module.state_dict(),
@@ -82,12 +87,14 @@ class Run:
 
     def update(self, loss: Tensor) -> None:
         """One optimiser step down this loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.rate(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
+        factor = self.plan.factor(self.step)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            optimizer.step()
         self.average.update_parameters(self.model)
         self.step += 1
         self.samples += self.plan.batch
@@ -116,9 +123,16 @@ class Run:
     def _resume(self) -> None:
         state = torch.load(self.folder / "state.pt", map_location=next(self.model.parameters()).device)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         self.average.load_state_dict(state["average"])
         self.step, self.samples = state["step"], state["samples"]
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 where the hardware multiplies it fast; elsewhere on CPUs it costs ten times float32's time."""
+    fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
 
 
 def guarded(main: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from caphuman_edge.ref.autoencoder import Autoencoder
-from caphuman_edge.ref.training.run import Plan, Run, guarded
+from caphuman_edge.ref.training.run import Plan, Run, guarded, mixed_precision
 from caphuman_edge.runtime.contract import HELD_OUT_SEEDS, NANO
 
 KL_WEIGHT = 1e-4
@@ -83,7 +83,7 @@ def _turn_about_grey(angle: float) -> Tensor:
 
 def losses(model: Autoencoder, image: Tensor) -> dict[str, Tensor]:
     """L1 on pixels and on image gradients at three scales, with a weak pull to a normal latent."""
-    with torch.autocast(image.device.type, torch.bfloat16):
+    with mixed_precision(image.device):
         mean, logvar = model.moments(image)
         latent = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
         decoded = model.decode(latent * model.config.latent_scale)

@@ -31,5 +31,10 @@ def face_on_white(image: UInt8[np.ndarray, "h w 3"], parser: Graph,
 
 def face_mask(image: UInt8[np.ndarray, "h w 3"], parser: Graph) -> Bool[np.ndarray, "h w"]:
     """True where the likeliest label belongs to the face."""
+    return ~np.isin(part_labels(image, parser), NOT_FACE)
+
+
+def part_labels(image: UInt8[np.ndarray, "h w 3"], parser: Graph) -> UInt8[np.ndarray, "h w"]:
+    """Each pixel's likeliest of the parser's 19 labels, at the picture's own size."""
     pixels = np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / 255
-    return ~np.isin(parser({"image": pixels})["logits"][0].argmax(axis=0), NOT_FACE)
+    return parser({"image": pixels})["logits"][0].argmax(axis=0).astype(np.uint8)

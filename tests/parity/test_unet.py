@@ -9,6 +9,7 @@ from torch import nn
 from caphuman_edge.ref.capface import residual_levels
 from caphuman_edge.ref.caphuman import face_gates
 from caphuman_edge.ref.checkpoints import load_strictly
+from caphuman_edge.ref.sampler import alphas_cumprod
 from caphuman_edge.ref.unet import UNet, sinusoids
 from caphuman_edge.runtime.contract import NANO, RESIDUALS, TINY
 
@@ -86,7 +87,22 @@ def test_only_the_transformers_input_norm_has_the_smaller_epsilon():
     assert {eps for name, eps in norms.items() if not name.endswith(".norm")} == {1e-5}
 
 
-@pytest.mark.parametrize("config", [TINY.unet, NANO.unet, dataclasses.replace(TINY.unet, attention_levels=())])
+def test_a_v_predicting_unet_gives_the_eps_of_its_v():
+    config = dataclasses.replace(TINY.unet, prediction="v")
+    unet = UNet(config).eval()
+    torch.nn.init.normal_(unet.out[2].weight, std=0.1)
+    plain = UNet(TINY.unet).eval()
+    plain.load_state_dict(unet.state_dict())  # equal names: the table of alphas is no weight
+    latent, context, timestep = torch.randn(2, 4, 16, 16), torch.randn(2, 3, 64), torch.tensor([1.0, 901.0])
+    with torch.no_grad():
+        v, eps = (net(latent, timestep, context) for net in (plain, unet))
+    alpha_bar = alphas_cumprod()[[1, 901]][:, None, None, None]
+    clean = (latent - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+    torch.testing.assert_close(v, alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * clean, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [TINY.unet, dataclasses.replace(NANO.unet, prediction="eps"),
+                                    dataclasses.replace(TINY.unet, attention_levels=())])
 def test_a_fresh_unet_of_any_size_predicts_zero(config):
     unet = UNet(config)
     latent, text = torch.randn(1, 4, 16, 8), torch.randn(1, 77, config.context_width)

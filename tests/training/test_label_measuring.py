@@ -1,16 +1,19 @@
 """Labels: what is kept, what is left out, and that a pack is read back as it was written."""
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
-from caphuman_edge.export import attributes, labels
+from caphuman_edge.export import attributes, labels, repaint
 from caphuman_edge.export.labels import CODE_FIELDS, Measured
 from caphuman_edge.ref.training.labels import _decode_jpegs, normalise
 from caphuman_edge.runtime.contract import NANO
 from caphuman_edge.runtime.head import HeadCode, HeadLayout
 from caphuman_edge.runtime.perception.crop import CLIP_MEAN, CLIP_STD
 
+PARTS = np.zeros((256, 256), np.uint8)  # hair above, a face of skin, clothes below, background beside
+PARTS[20:120, 60:200], PARTS[80:200, 80:180], PARTS[220:, 40:220] = attributes.HAIR, 1, attributes.CLOTHES
 LAYOUT = HeadLayout(2, ("jawOpen",), 1, (0.0, 0.0, 0.0), (0.0, 0.1, 0.0))
 
 
@@ -20,7 +23,7 @@ def measured(name, identity, mark=0.0):
     unit = np.asarray(identity, np.float32) / np.linalg.norm(identity)
     grey = np.full((3, NANO.vision.image_size, NANO.vision.image_size), 0.5, np.float32)
     white = (1 - CLIP_MEAN[:, None, None]) / CLIP_STD[:, None, None] + 0 * grey
-    return Measured(name, code, unit, labels._jpeg(white), np.eye(32, dtype=bool), np.zeros((2, 77), np.uint16))
+    return Measured(name, code, unit, labels._jpeg(white), np.eye(32, dtype=bool), {"light": "left"}, PARTS)
 
 
 def test_a_picture_unlike_its_identity_is_left_out():
@@ -33,8 +36,9 @@ def test_a_picture_unlike_its_identity_is_left_out():
 
 def test_a_written_pack_holds_what_was_measured(tmp_path):
     pictures = [measured("00300", [1, 0], mark=0.25), measured("00300_a", [1, 0], mark=0.5)]
-    labels._write_labels(tmp_path / "labels.npz", pictures)
-    with np.load(tmp_path / "labels.npz") as pack:
+    labels._write_labels(tmp_path, pictures)
+    with np.load(tmp_path / "labels.npz") as pack, np.load(tmp_path / "parts.npz") as parts:
+        assert (parts["parts"] == PARTS).all() and json.loads(str(pack["attributes"][0])) == {"light": "left"}
         assert pack["names"].tolist() == ["00300", "00300_a"]
         assert all(pack[f"code_{field}"].shape[0] == 2 for field in CODE_FIELDS)
         assert pack["code_camera"][1].tolist() == [5.0, 0.5, 0.0]
@@ -65,18 +69,51 @@ def test_a_latent_cell_is_face_if_half_of_it_is():
     assert labels._latent_mask(mask).tolist() == [[True, True], [True, False]]
 
 
-@pytest.mark.parametrize(("colour", "name"), [
-    ((10, 10, 10), "dark"), ((240, 240, 240), "bright"), ((120, 120, 120), "grey"), ((60, 100, 200), "blue"),
-    ((60, 140, 50), "green"), ((140, 80, 40), "warm")])
-def test_flat_backgrounds_are_named(colour, name):
-    assert attributes.background_colour(np.tile(np.array(colour) / 255, (50, 1))) == name
+@pytest.mark.parametrize(("name", "colour"), repaint.COLOURS.items())
+def test_what_is_painted_in_a_colour_is_called_that(name, colour):
+    assert attributes.colour_name(np.tile(np.array(colour) / 255, (50, 1))) == name
 
 
-@pytest.mark.parametrize(("colour", "name"), [
-    ((20, 18, 18), "black"), ((80, 55, 35), "brown"), ((190, 160, 100), "blond")])
-def test_hair_on_pale_skin_is_named(colour, name):
-    skin = np.tile(np.array([225, 180, 160]) / 255, (50, 1))
-    assert attributes.hair_colour(np.tile(np.array(colour) / 255, (50, 1)), skin) == name
+@pytest.mark.parametrize(("name", "colour"), repaint.HAIR_COLOURS.items())
+def test_hair_painted_in_a_colour_is_called_that(name, colour):
+    assert attributes.hair_colour(np.tile(np.array(colour) / 255, (50, 1))) == name
+
+
+def test_a_part_of_many_colours_or_of_no_size_has_no_colour():
+    colours = np.repeat(np.array(list(repaint.COLOURS.values())) / 255, 10, axis=0)
+    assert attributes.colour_name(colours) is None
+    assert "hair" not in attributes.part_attributes(grey_picture(), np.zeros((256, 256), np.uint8))
+
+
+def test_every_part_is_seen_in_its_own_colour():
+    picture = grey_picture()
+    for label, colour in ((attributes.HAIR, repaint.HAIR_COLOURS["pink"]), (attributes.CLOTHES, (180, 38, 38)),
+                          (attributes.BACKGROUND, (58, 104, 196))):
+        picture[label == PARTS] = colour
+    found = attributes.part_attributes(picture, PARTS)
+    assert found == {"hair": "pink", "length": "short", "background": "blue", "clothes": "red", "glasses": "no"}
+
+
+def test_long_hair_hangs_below_the_chin_and_a_hat_hides_its_length():
+    parts = PARTS.copy()
+    parts[120:, 20:80] = parts[120:, 180:240] = attributes.HAIR
+    assert attributes.part_attributes(grey_picture(), parts)["length"] == "long"
+    parts[:40, 40:220], parts[130:140, 90:170] = attributes.HAT, attributes.GLASSES
+    found = attributes.part_attributes(grey_picture(), parts)
+    assert (found["hat"], found["glasses"], found.get("length")) == ("yes", "yes", None)
+
+
+def test_repainting_changes_parts_and_spares_the_face():
+    picture, changed = grey_picture(), set()
+    for seed in range(12):
+        painted = repaint.repainted(picture, PARTS, np.random.default_rng(seed))
+        assert np.abs(painted[100:190, 90:170].astype(int) - 128).max() == 0
+        changed |= {label for label in repaint.SHARES if np.abs(painted[label == PARTS].astype(int) - 128).mean() > 5}
+    assert changed == set(repaint.SHARES)
+
+
+def test_a_mirrored_picture_is_lit_from_the_other_side():
+    assert attributes.mirrored({"light": "left", "hair": "red"}) == {"light": "right", "hair": "red"}
 
 
 def test_light_comes_from_the_brighter_side():
@@ -90,3 +127,7 @@ def test_captions_say_only_what_was_measured():
     told = " ".join(attributes.captions({"hair": "blond", "smile": "no"}, 30, np.random.default_rng(0)))
     assert "blond" in told and any(word in told for word in attributes.PHRASES["smile"]["no"])
     assert "background" not in told and "brown" not in told
+
+
+def grey_picture():
+    return np.full((256, 256, 3), 128, np.uint8)

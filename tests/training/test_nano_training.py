@@ -10,6 +10,7 @@ from PIL import Image
 
 from caphuman_edge.ref.training import nano
 from caphuman_edge.ref.training.labels import Labels
+from caphuman_edge.ref.training.muon import Muon, optimizers, orthogonal
 from caphuman_edge.ref.training.run import Plan, Run
 from caphuman_edge.ref.training.vae import read_pictures
 from caphuman_edge.ref.training.weights import load_vae, read_metadata, read_weights, weight_files, write_weights
@@ -27,19 +28,21 @@ def folder(tmp_path_factory):
     jpegs = [_jpeg(rng.integers(256, size=(edge, edge, 3), dtype=np.uint8)) for _ in range(count)]
     np.savez(path / "labels.npz", names=NAMES, identities=rng.normal(size=(count, 128)).astype(np.float16),
              masks=np.packbits(rng.random((count, *NANO.latent_shape[1:])) > 0.5, axis=-1),
-             captions=rng.integers(1000, size=(count, 2, 77)).astype(np.uint16),
              empty_caption=np.full(77, 49407, np.uint16),
              crops=np.frombuffer(b"".join(jpegs), np.uint8), crop_ends=np.cumsum([len(jpeg) for jpeg in jpegs]))
     vae = dataclasses.replace(NANO.vae, latent_scale=0.25)
-    np.savez(path / "latents.npz", names=NAMES, step=np.float32(0.05), config=json.dumps(dataclasses.asdict(vae)),
-             latents=rng.integers(-60, 60, size=(count, *NANO.latent_shape), dtype=np.int8))
+    for edge, cells in ((256, 32), (128, 16)):
+        np.savez(path / f"latents-{edge}.npz", names=NAMES, step=np.float32(0.05),
+                 config=json.dumps(dataclasses.asdict(vae)), mirrored=np.tile([False, True], (count, 1)),
+                 captions=rng.integers(1000, size=(count, 2, 3, 77)).astype(np.uint16),
+                 latents=rng.integers(-60, 60, size=(count, 2, 4, cells, cells), dtype=np.int8))
     np.save(path / "maps.npy", rng.normal(size=(count, 9, NANO.height, NANO.width)).astype(np.float16))
     return path
 
 
 @pytest.fixture
 def labels(folder):
-    return Labels(folder)
+    return Labels(folder, 256)
 
 
 def test_references_are_other_pictures_of_the_same_identity(labels):
@@ -48,10 +51,27 @@ def test_references_are_other_pictures_of_the_same_identity(labels):
 
 def test_a_batch_pairs_targets_with_references(labels):
     batch = labels.batch(8, np.random.default_rng(1), torch.device("cpu"), text_dropout=0.0)
-    target = int(np.argmin(np.abs(labels.latents - batch.latents[0].numpy()).sum(axis=(1, 2, 3))))
-    assert np.allclose(batch.maps[0], labels.maps[target], atol=1e-3)
+    apart = np.abs(labels.latents * labels.step - batch.latents[0].numpy()).sum(axis=(2, 3, 4))
+    target, variant = np.unravel_index(np.argmin(apart), apart.shape)
+    assert any(np.array_equal(batch.captions[0], told) for told in labels.captions[target, variant])
     reference = int(np.argmin(np.abs(labels.identities - batch.identities[0].numpy()).sum(axis=1)))
     assert reference in labels.others[target] or (reference == target and not len(labels.others[target]))
+
+
+def test_a_mirrored_target_comes_with_the_mirrored_head(labels):
+    (maps, flipped), (masks, flipped_masks) = (
+        torch.from_numpy(np.concatenate(arrays)) for arrays in zip(
+            *(labels._head(np.array([2]), np.array([turned])) for turned in (False, True)), strict=True))
+    normals_x = torch.tensor([-1.0] + 8 * [1.0])[:, None, None]
+    assert torch.equal(flipped, maps.flip(2) * normals_x) and not torch.equal(flipped, maps)
+    assert torch.equal(flipped_masks, masks.flip(2))
+
+
+def test_small_pictures_come_with_maps_and_masks_of_their_size(folder):
+    batch = Labels(folder, 128).batch(3, np.random.default_rng(1), torch.device("cpu"), text_dropout=0.0)
+    assert (batch.latents.shape, batch.maps.shape, batch.masks.shape) == ((3, 4, 16, 16), (3, 9, 128, 128),
+                                                                           (3, 1, 16, 16))
+    assert set(batch.masks.unique().tolist()) == {0, 1}
 
 
 def test_text_dropout_one_leaves_only_empty_captions(labels):
@@ -62,17 +82,17 @@ def test_text_dropout_one_leaves_only_empty_captions(labels):
 def test_labels_of_another_autoencoder_are_refused(folder, tmp_path):
     for name in ("labels.npz", "maps.npy"):
         (tmp_path / name).symlink_to(folder / name)
-    np.savez(tmp_path / "latents.npz", names=NAMES[:2], step=1.0, config="{}", latents=np.zeros(2))
+    np.savez(tmp_path / "latents-256.npz", names=NAMES[:2], step=1.0, config="{}", latents=np.zeros(2))
     with pytest.raises(CheckpointError, match="run `export.labels encode` again"):
-        Labels(tmp_path)
+        Labels(tmp_path, 256)
 
 
 def test_labels_of_held_out_people_are_refused(folder, tmp_path):
-    for name in ("labels.npz", "latents.npz"):
+    for name in ("labels.npz", "latents-256.npz"):
         arrays = dict(np.load(folder / name))
         np.savez(tmp_path / name, **{**arrays, "names": np.array(["00299", "00300_a", "00300_b", "00301"])})
     with pytest.raises(CheckpointError, match="seeds below 300, which are never trained on"):
-        Labels(tmp_path)
+        Labels(tmp_path, 256)
 
 
 def test_the_autoencoder_never_sees_held_out_people(tmp_path):
@@ -97,7 +117,7 @@ def test_words_of_no_caption_keep_zero_embeddings(labels, tmp_path):
 
 def test_a_fresh_text_encoder_tells_prompts_apart(labels):
     encoder = nano.Trainer(NANO, labels.words, torch.device("cpu"), compiled=False).model.text_encoder
-    first, second = encoder(torch.from_numpy(labels.captions[0, :2]))
+    first, second = encoder(torch.from_numpy(labels.captions[0, 0, :2]))
     assert (first - second).std() > 0.5 * first.std()
 
 
@@ -144,10 +164,45 @@ def test_a_run_can_start_from_another_runs_weights(labels, tmp_path):
                for name, value in read_weights(tmp_path / "first").items())
 
 
+def test_orthogonal_keeps_singular_vectors_and_levels_singular_values():
+    left, values, right = torch.linalg.svd(torch.randn(2, 12, 30), full_matrices=False)
+    for matrices in (left * values[:, None] @ right, (left * values[:, None] @ right).mT):
+        made = orthogonal(matrices)
+        assert made.shape == matrices.shape
+        singular = torch.linalg.svdvals(made)
+        assert singular.min() > 0.5 and singular.max() < 1.3
+        assert torch.linalg.matrix_norm(made @ matrices.mT - matrices @ made.mT).max() < 1e-3  # symmetric: same vectors
+
+
+def test_hidden_matrices_go_to_muon_and_all_parameters_to_one_optimiser(labels):
+    model = nano.Trainer(NANO, labels.words, torch.device("cpu"), compiled=False).model
+    muon, adam = optimizers(model, 1e-3, 0.01)
+    counts = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in (muon, adam)]
+    assert isinstance(muon, Muon) and sum(counts) == len(list(model.parameters()))
+    assert all(weight.ndim > 1 for group in muon.param_groups for weight in group["params"])
+    table = model.text_encoder.text_model.embeddings.token_embedding.weight
+    assert any(weight is table for group in adam.param_groups for weight in group["params"])
+
+
+def test_a_mistake_about_the_picture_costs_the_same_at_every_timestep(labels):
+    """The loss is v's: with eps off by sqrt(alpha_bar) everywhere it is 1."""
+    trainer = nano.Trainer(NANO, labels.words, torch.device("cpu"), compiled=False)
+    batch = labels.batch(4, np.random.default_rng(0), torch.device("cpu"), 0.0)
+
+    def off_by_one_v(noisy, timestep, batch):
+        alpha_bar = trainer.alphas_cumprod[timestep][:, None, None, None]
+        noise = (noisy - alpha_bar.sqrt() * batch.latents) / (1 - alpha_bar).sqrt()
+        return noise + alpha_bar.sqrt(), torch.zeros(4, 1, 32, 32)
+
+    trainer.predict = off_by_one_v
+    assert float(trainer.losses(batch)["v"]) == pytest.approx(1, abs=1e-3)
+
+
 def _run(labels, folder, steps):
     torch.manual_seed(0)
     trainer = nano.Trainer(NANO, labels.words, torch.device("cpu"), compiled=False)
-    run = Run(folder, trainer.model, Plan(minutes=10, batch=2), {"config": NANO.to_json()})
+    run = Run(folder, trainer.model, Plan(minutes=10, batch=2), {"config": NANO.to_json()},
+              optimizers(trainer.model, 1e-3, 0.01))
     rng = np.random.default_rng(run.step)
     for _ in range(steps):
         run.update(trainer.losses(labels.batch(2, rng, torch.device("cpu"), nano.TEXT_DROPOUT))["loss"])
