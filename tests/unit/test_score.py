@@ -11,6 +11,7 @@ pytest.importorskip("benchmarks", reason="runs from a checkout: python -m pytest
 from benchmarks import score, scorer
 from benchmarks.heldout import CHILD_LIKE, OTHERS, Pictures, pair_up
 from benchmarks.score_figures import attribute_figures, figures, goals
+from benchmarks.score_pair import DEALT, dealt_attributes
 from benchmarks.score_report import as_json, as_markdown
 from benchmarks.score_store import Store
 from caphuman_edge.runtime.contract import HELD_OUT_SEEDS
@@ -199,3 +200,26 @@ def test_the_scorer_sees_an_upright_square_around_the_face():
 def test_a_user_s_error_is_one_line_and_exit_2(tmp_path, capsys):
     assert score.main(["--pictures", str(tmp_path), "--scorer", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_prompts_deal_every_value_to_some_pair_and_the_same_ones_each_time():
+    dealt = [dealt_attributes(pair) for pair in range(200)]
+    assert dealt == [dealt_attributes(pair) for pair in range(200)]
+    for name, values in DEALT.items():
+        counts = [sum(wanted[name] == value for wanted in dealt) for value in values]
+        assert min(counts) > 200 / len(values) / 3
+
+
+def test_a_missing_face_parser_is_one_line_that_says_how_to_get_it(tmp_path):
+    options = score._command().parse_args(["--parser", str(tmp_path)])
+    with pytest.raises(BadInput, match=r"parser/model\.onnx is missing: add --fetch"):
+        score._parser(options)
+
+
+def test_an_attribute_that_is_no_goal_cannot_miss_it():
+    made = records()
+    for record in made:
+        record["wanted"]["attributes"]["glasses"] = "yes"
+        record["answers"]["portrait"]["attributes"]["glasses"] = "no"
+    assert attribute_figures(made, "portrait")["glasses"].right.value == 0
+    assert all(goal.met for goal in goals(made))
