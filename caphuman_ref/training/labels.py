@@ -6,6 +6,8 @@ of each picture's head, with the identity and texture that another picture of th
 """
 import io
 import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,10 +48,12 @@ class Labels:
             self.captions = latents["captions"].astype(np.int64)  # (n, variants, wordings, 77)
             self.vae = VaeConfig.from_json(json.loads(str(latents["config"])))  # with the latents' own scale
             self.names, self.identities = labels["names"], labels["identities"].astype(np.float32)
-            self.masks = np.unpackbits(labels["masks"], axis=-1).astype(np.float32)
+            masks = np.unpackbits(labels["masks"], axis=-1).astype(np.float32)[:, None]
+            shrink = masks.shape[-1] // self.latents.shape[-1]
+            self.masks = (shrunk(masks, shrink) >= 0.5).astype(np.float32)  # (n, 1, h, w)
             self.empty_caption = labels["empty_caption"].astype(np.int64)
             self.crops = _decode_jpegs(labels["crops"], labels["crop_ends"])
-        self.maps = np.load(folder / "maps.npy", mmap_mode="r")
+        self.maps = _maps(folder, shrink)
         self.others = _others_of_same_identity(self.names)
 
     @property
@@ -79,17 +83,24 @@ class Labels:
         return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
 
     def _head(self, targets: np.ndarray, flipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Maps and masks of the targets in the latents' size; a mirrored head's normals point the other way."""
+        """Maps and masks of the targets; a mirrored head's normals point the other way."""
         order = np.argsort(targets)  # neighbours in the memory map are read together
-        maps = self.maps[targets[order]][np.argsort(order)].astype(np.float32)
-        masks = self.masks[targets][:, None]
+        maps, masks = self.maps[targets[order]][np.argsort(order)].astype(np.float32), self.masks[targets]
         maps[flipped], masks[flipped] = maps[flipped, :, :, ::-1], masks[flipped, :, :, ::-1]
         maps[flipped, 0] *= -1
-        shrink = masks.shape[-1] // self.latents.shape[-1]
-        return _shrunk(maps, shrink), (_shrunk(masks, shrink) >= 0.5).astype(np.float32)
+        return maps, masks
 
 
-def _shrunk(planes: np.ndarray, factor: int) -> np.ndarray:
+def batches_ahead(make: Callable[[], Batch]) -> Iterator[Batch]:
+    """Batches without end, each made while the one before it is trained on."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(make)
+        while True:
+            ready, following = following.result(), pool.submit(make)
+            yield ready
+
+
+def shrunk(planes: np.ndarray, factor: int) -> np.ndarray:
     """(n, c, h, w) averaged over squares of `factor` cells."""
     count, channels, rows, columns = planes.shape
     squares = planes.reshape(count, channels, rows // factor, factor, columns // factor, factor)
@@ -100,6 +111,21 @@ def normalise(crops: np.ndarray) -> np.ndarray:
     """(b, s, s, 3) uint8 to (b, 3, s, s) float32 with CLIP's mean and standard deviation."""
     scaled = (crops.astype(np.float32) / 255 - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+def _maps(folder: Path, shrink: int) -> np.ndarray:
+    """All maps, memory-mapped; smaller ones are kept in a file of their own, made on first use."""
+    full = np.load(folder / "maps.npy", mmap_mode="r")
+    path = folder / f"maps-{full.shape[-1] // shrink}.npy"
+    if shrink == 1 or path.exists():
+        return full if shrink == 1 else np.load(path, mmap_mode="r")
+    part = path.with_suffix(".part.npy")
+    small = np.lib.format.open_memmap(part, "w+", full.dtype, (*full.shape[:2], *(n // shrink for n in full.shape[2:])))
+    for start in range(0, len(full), 64):
+        small[start:start + 64] = shrunk(full[start:start + 64].astype(np.float32), shrink)
+    small.flush()
+    part.replace(path)
+    return small
 
 
 def _decode_jpegs(blob: np.ndarray, ends: np.ndarray) -> np.ndarray:

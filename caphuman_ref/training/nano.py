@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from caphuman_edge.ref.caphuman import CapHuman, FaceCondition, face_gates
 from caphuman_edge.ref.sampler import alphas_cumprod
-from caphuman_edge.ref.training.labels import Batch, Labels
+from caphuman_edge.ref.training.labels import Batch, Labels, batches_ahead
 from caphuman_edge.ref.training.muon import optimizers
 from caphuman_edge.ref.training.run import Plan, Run, guarded, mixed_precision
 from caphuman_edge.runtime.contract import NANO, Config
@@ -59,7 +59,8 @@ def main() -> None:
         run.start_from(options.start_from)
     rng = np.random.default_rng(plan.seed + run.step)
     torch.manual_seed(plan.seed + run.step)
-    run.train(lambda step: trainer.losses(labels.batch(plan.batch, rng, device, TEXT_DROPOUT)))
+    batches = batches_ahead(lambda: labels.batch(plan.batch, rng, device, TEXT_DROPOUT))
+    run.train(lambda step: trainer.losses(next(batches)))
 
 
 class Trainer:

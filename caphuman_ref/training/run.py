@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from caphuman_edge.ref.checkpoints import load_strictly
 from caphuman_edge.ref.training.weights import read_metadata, read_weights, write_weights, write_whole
@@ -31,7 +31,7 @@ class Plan:
     learning_rate: float = 5e-4  # of AdamW; other optimisers keep their own, and all follow `factor`
     warmup: int = 200  # steps
     decay_steps: int = 20_000  # cosine decay to a twentieth over this many steps
-    ema: float = 0.998
+    ema: float = 0.998  # decay of the moving average, reached step by step
     seed: int = 0
     save_every: float = 120.0  # seconds
 
@@ -51,7 +51,7 @@ class Run:
         self.optimizers = list(optimizers) or [
             torch.optim.AdamW(model.parameters(), plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)]
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(plan.ema))
+        self.average = AveragedModel(model, multi_avg_fn=_moving_average(plan.ema))
         self.step = self.samples = 0
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "state.pt").exists():
@@ -127,6 +127,15 @@ class Run:
             optimizer.load_state_dict(kept)
         self.average.load_state_dict(state["average"])
         self.step, self.samples = state["step"], state["samples"]
+
+
+def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+    """An exponential moving average that forgets its start: what was untrained would blur a short run's weights."""
+
+    def update(averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+    return update
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from caphuman_edge.ref.training import nano
-from caphuman_edge.ref.training.labels import Labels
+from caphuman_edge.ref.training.labels import Labels, batches_ahead
 from caphuman_edge.ref.training.muon import Muon, optimizers, orthogonal
 from caphuman_edge.ref.training.run import Plan, Run
 from caphuman_edge.ref.training.vae import read_pictures
@@ -65,6 +65,24 @@ def test_a_mirrored_target_comes_with_the_mirrored_head(labels):
     normals_x = torch.tensor([-1.0] + 8 * [1.0])[:, None, None]
     assert torch.equal(flipped, maps.flip(2) * normals_x) and not torch.equal(flipped, maps)
     assert torch.equal(flipped_masks, masks.flip(2))
+
+
+def test_batches_are_made_ahead_in_order():
+    made = []
+    batches = batches_ahead(lambda: made.append(len(made)) or len(made))
+    assert [next(batches) for _ in range(3)] == [1, 2, 3]
+    batches.close()
+    assert made == [0, 1, 2, 3]  # one was ready and is dropped
+
+
+def test_the_average_of_a_short_run_has_forgotten_its_start(tmp_path):
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 1000.0)
+    run = Run(tmp_path, model, Plan(minutes=1), {})
+    torch.nn.init.zeros_(model.weight)
+    for _ in range(200):
+        run.average.update_parameters(model)
+    assert abs(float(run.average.module.weight)) < 1e-3
 
 
 def test_small_pictures_come_with_maps_and_masks_of_their_size(folder):
