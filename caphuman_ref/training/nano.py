@@ -28,6 +28,8 @@ MASK_WEIGHT = 0.1
 FACE_WEIGHT = 2.0  # how much more an error in the face costs than one elsewhere
 TEXT_DROPOUT = 0.1  # for classifier-free guidance
 IDENTITY_DROPOUT = 0.1  # as tau drops it in early steps
+IMAGE_DROPOUT = 0.25  # more often only the image tokens are dropped, so that the identity vector has to be heard
+IDENTITY_LOUDNESS = 4.0  # how much larger the identity token starts than an image token: it is one among dozens
 MASK_BIAS = 2.0  # the gate begins open
 
 
@@ -50,7 +52,7 @@ def main() -> None:
     config = dataclasses.replace(NANO, vae=labels.vae)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=options.learning_rate,
-                decay_steps=options.decay_steps)
+                decay_steps=options.decay_steps, warmup=min(200, options.decay_steps // 20))
     torch.manual_seed(plan.seed)
     trainer = Trainer(config, labels.words, device, options.compile)
     run = Run(options.out, trainer.model, plan, {"config": config.to_json()},
@@ -70,8 +72,7 @@ class Trainer:
         """`words`: the token ids that captions use."""
         self.model = CapHuman(config, autoencoder=False, mask_bias=MASK_BIAS)
         _start_vocabulary(self.model.text_encoder.text_model.embeddings.token_embedding.weight.data, words)
-        # an identity vector has unit length: without this its one token would whisper among the image tokens
-        self.model.id_linear.weight.data *= config.identity_width**0.5
+        self.model.id_linear.weight.data *= IDENTITY_LOUDNESS * config.identity_width**0.5  # its input has unit length
         self.model.to(device, memory_format=torch.channels_last)
         self.alphas_cumprod = alphas_cumprod().to(device)
         self.predict = torch.compile(self._predict) if compiled else self._predict
@@ -95,7 +96,9 @@ class Trainer:
         hint = control.encode_hint(batch.maps)
         logit = control.mask_predict[0](hint)
         tokens = model.face_tokens(model.image_encoder(batch.crops), batch.identities)
-        kept = torch.rand(len(tokens), 1, 1, device=tokens.device) >= IDENTITY_DROPOUT
+        chance = torch.rand(len(tokens), 1, 1, device=tokens.device)
+        kept = (chance >= IDENTITY_DROPOUT + IMAGE_DROPOUT).repeat(1, tokens.shape[1], 1)
+        kept[:, -1:] = chance >= IDENTITY_DROPOUT  # the last token is the identity vector's
         gates = face_gates(logit.detach().float().sigmoid(), len(model.config.unet.channel_mult))
         face = FaceCondition(tokens * kept, hint, gates)
         text = model.text_encoder(batch.captions)

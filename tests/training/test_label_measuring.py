@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from caphuman_edge.export import attributes, labels, repaint
 from caphuman_edge.export.labels import CODE_FIELDS, Measured
@@ -11,6 +12,7 @@ from caphuman_edge.ref.training.labels import _decode_jpegs, normalise
 from caphuman_edge.runtime.contract import NANO
 from caphuman_edge.runtime.head import HeadCode, HeadLayout
 from caphuman_edge.runtime.perception.crop import CLIP_MEAN, CLIP_STD
+from caphuman_edge.runtime.tokenizer import Tokenizer
 
 PARTS = np.zeros((256, 256), np.uint8)  # hair above, a face of skin, clothes below, background beside
 PARTS[20:120, 60:200], PARTS[80:200, 80:180], PARTS[220:, 40:220] = attributes.HAIR, 1, attributes.CLOTHES
@@ -114,6 +116,20 @@ def test_repainting_changes_parts_and_spares_the_face():
 
 def test_a_mirrored_picture_is_lit_from_the_other_side():
     assert attributes.mirrored({"light": "left", "hair": "red"}) == {"light": "right", "hair": "red"}
+
+
+def test_each_variant_is_captioned_from_what_it_shows(tmp_path, monkeypatch):
+    Image.fromarray(grey_picture()).save(tmp_path / "00300.jpg")
+    monkeypatch.setattr(labels, "_autoencoder", lambda folder: None)
+    monkeypatch.setattr(labels, "_means", lambda model, images: images)
+    job = (tmp_path / "00300.jpg", {"light": "left"}, PARTS)
+    pictures, flips, ids = labels._encoded(tmp_path, 128, 16, job)
+    word = {name: int(Tokenizer().encode(name)[0, 1]) for name in (*attributes.COLOURS, "left", "right")}
+    assert set(flips) == {True, False} and len({picture.tobytes() for picture in pictures}) > 8
+    for picture, flipped, told in zip(pictures, flips, ids, strict=True):
+        said = {name for name, number in word.items() if (told == number).any()}
+        assert ("right" if flipped else "left") in said and ("left" if flipped else "right") not in said
+        assert attributes.colour_name(picture[60:100, :20].reshape(-1, 3) / 255) in said
 
 
 def test_light_comes_from_the_brighter_side():
