@@ -25,7 +25,7 @@ from .sheet import Tile, contact_sheet, map_tiles
 
 YAWS = {"portrait.png": -30.0, "portrait-2.png": 25.0}  # degrees
 SHEET = "contact_sheet.png"
-PROMPT = "a photo of a person, brown hair, smiling, soft light, grey background"
+PROMPT = "a portrait, brown hair, smiling, blue background, white shirt"
 ASTRONAUT = "skimage/data/astronaut.png"  # within the wheel
 ASTRONAUT_SHA256 = "88431cd9653ccd539741b555fb0a46b61558b301d4110412b5bc28b5e3ea6cb5"
 

@@ -31,7 +31,7 @@ from caphuman_edge.runtime.selftest import self_test
 MICRO = Config(  # as small as 13 residuals allow
     height=64, width=64, identity_width=NANO.identity_width, identity_size=NANO.identity_size,
     unet=UNetConfig(model_channels=8, channel_mult=(1, 1, 2, 2), attention_levels=(2,), num_heads=1, norm_groups=4,
-                    context_width=8, hint_widths=(4, 4, 4, 8)),
+                    context_width=8, hint_widths=(4, 4, 4, 8), prediction="v"),
     text=TextConfig(width=8, layers=1, heads=1),
     vision=VisionConfig(width=8, layers=1, heads=1, image_size=24, patch_size=12),
     vae=VaeConfig(channels=8, channel_mult=(1, 1, 1, 1), num_res_blocks=1, norm_groups=4))
