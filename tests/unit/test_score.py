@@ -216,10 +216,12 @@ def test_a_missing_face_parser_is_one_line_that_says_how_to_get_it(tmp_path):
         score._parser(options)
 
 
-def test_an_attribute_that_is_no_goal_cannot_miss_it():
+def test_the_goal_of_prompts_is_the_fourth_best_attribute():
+    names = ("hair", "background", "clothes", "length", "glasses")
     made = records()
-    for record in made:
-        record["wanted"]["attributes"]["glasses"] = "yes"
-        record["answers"]["portrait"]["attributes"]["glasses"] = "no"
-    assert attribute_figures(made, "portrait")["glasses"].right.value == 0
-    assert all(goal.met for goal in goals(made))
+    for wrong in (1, 2):
+        for record in made:
+            record["wanted"]["attributes"] = dict.fromkeys(names, "asked")
+            record["answers"]["portrait"]["attributes"] = dict.fromkeys(names[wrong:], "asked")
+        *_, goal = goals(made)
+        assert goal.met == (wrong == 1) and (goal.found, goal.met) in ((1, True), (0, False))
