@@ -172,13 +172,12 @@ def _encoded(vae: Path, edge: int, variants: int, job: tuple[Path, dict[str, str
     """One picture's variants: latent means, whether each is mirrored, and token ids of its captions."""
     torch.set_num_threads(1)
     path, told, parts = job
+    photo = np.asarray(Image.open(path).convert("RGB"))
     images, flips, ids = [], [], []
     for variant in range(variants):
         rng = np.random.default_rng([int(path.name[:5]), len(path.stem), ord(path.stem[-1]), variant])
-        image = np.asarray(Image.open(path).convert("RGB"))
         flipped = bool(rng.random() < 0.5)
-        if rng.random() < REPAINTED:
-            image = repainted(image, parts, rng)
+        image = repainted(photo, parts, rng) if rng.random() < REPAINTED else photo
         attributes = (mirrored(told) if flipped else told) | part_attributes(image, parts)
         ids.append(np.concatenate([_tokenizer().encode(text) for text in captions(attributes, CAPTION_VARIANTS, rng)]))
         small = Image.fromarray(image).resize((edge, edge), Image.Resampling.BOX)

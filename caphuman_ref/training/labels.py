@@ -50,7 +50,7 @@ class Labels:
             self.names, self.identities = labels["names"], labels["identities"].astype(np.float32)
             masks = np.unpackbits(labels["masks"], axis=-1).astype(np.float32)[:, None]
             shrink = masks.shape[-1] // self.latents.shape[-1]
-            self.masks = (shrunk(masks, shrink) >= 0.5).astype(np.float32)  # (n, 1, h, w)
+            self.masks = (_shrunk(masks, shrink) >= 0.5).astype(np.float32)  # (n, 1, h, w)
             self.empty_caption = labels["empty_caption"].astype(np.int64)
             self.crops = _decode_jpegs(labels["crops"], labels["crop_ends"])
         self.maps = _maps(folder, shrink)
@@ -100,7 +100,7 @@ def batches_ahead(make: Callable[[], Batch]) -> Iterator[Batch]:
             yield ready
 
 
-def shrunk(planes: np.ndarray, factor: int) -> np.ndarray:
+def _shrunk(planes: np.ndarray, factor: int) -> np.ndarray:
     """(n, c, h, w) averaged over squares of `factor` cells."""
     count, channels, rows, columns = planes.shape
     squares = planes.reshape(count, channels, rows // factor, factor, columns // factor, factor)
@@ -122,7 +122,7 @@ def _maps(folder: Path, shrink: int) -> np.ndarray:
     part = path.with_suffix(".part.npy")
     small = np.lib.format.open_memmap(part, "w+", full.dtype, (*full.shape[:2], *(n // shrink for n in full.shape[2:])))
     for start in range(0, len(full), 64):
-        small[start:start + 64] = shrunk(full[start:start + 64].astype(np.float32), shrink)
+        small[start:start + 64] = _shrunk(full[start:start + 64].astype(np.float32), shrink)
     small.flush()
     part.replace(path)
     return small

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # drives singular values to about 1
 ITERATIONS = 5
-ADAM_NAMES = ("embedding", "input_blocks.0.", "mask_predict", "unet.out.", "diffusion_model.out.")
+ADAM_NAMES = ("embedding", "input_blocks.0.", "mask_predict", "diffusion_model.out.")
 
 
 class Muon(torch.optim.Optimizer):

@@ -53,6 +53,8 @@ def test_a_batch_pairs_targets_with_references(labels):
     batch = labels.batch(8, np.random.default_rng(1), torch.device("cpu"), text_dropout=0.0)
     apart = np.abs(labels.latents * labels.step - batch.latents[0].numpy()).sum(axis=(2, 3, 4))
     target, variant = np.unravel_index(np.argmin(apart), apart.shape)
+    maps, _ = labels._head(np.array([target]), labels.mirrored[[target], [variant]])
+    assert np.allclose(batch.maps[0], maps[0], atol=1e-3)
     assert any(np.array_equal(batch.captions[0], told) for told in labels.captions[target, variant])
     reference = int(np.argmin(np.abs(labels.identities - batch.identities[0].numpy()).sum(axis=1)))
     assert reference in labels.others[target] or (reference == target and not len(labels.others[target]))
