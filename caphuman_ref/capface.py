@@ -45,15 +45,6 @@ class CapFace(UNetEncoder):
         return [*residuals, self.middle_block_out(middle)]
 
 
-def residual_levels(config: UNetConfig) -> list[int]:
-    """The level of each residual; level k works at latent size / 2**k."""
-    last = len(config.channel_mult) - 1
-    levels = [0]
-    for level in range(last + 1):
-        levels += [level] * config.num_res_blocks + [level + 1] * (level < last)
-    return [*levels, last]
-
-
 def _hint_layers(config: UNetConfig) -> Iterator[nn.Module]:
     """3x3 convolutions that bring maps to latent size, halving three times."""
     widths = config.hint_widths

@@ -13,10 +13,10 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from caphuman_edge.ref.autoencoder import Autoencoder
-from caphuman_edge.ref.capface import CapFace, residual_levels
+from caphuman_edge.ref.capface import CapFace
 from caphuman_edge.ref.clip import TextEncoder, VisionEncoder
 from caphuman_edge.ref.unet import UNet
-from caphuman_edge.runtime.contract import RESIDUALS, Config
+from caphuman_edge.runtime.contract import RESIDUALS, Config, residual_levels
 
 GATE_THRESHOLD = 0.5
 POSE_CHANNELS = 3  # a pose map is an RGB picture

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from caphuman_edge.ref.capface import residual_levels
 from caphuman_edge.ref.caphuman import CapHuman, face_gates
-from caphuman_edge.runtime.contract import TEXT_TOKENS, TensorSpec
+from caphuman_edge.runtime.contract import TEXT_TOKENS, TensorSpec, residual_levels
 
 
 class HintEncoder(nn.Module):

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from caphuman_edge.export.assemble import perception_in
 from caphuman_edge.export.builder import Sources, build
 from caphuman_edge.export.graphs import PreviewDecoder
+from caphuman_edge.export.preview import fit_preview
 from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.ref.training.weights import load_nano, read_metadata, weight_files
 from caphuman_edge.runtime.cache import sha256_of
@@ -54,24 +56,21 @@ def main() -> int:
     hashes = {f"{part}/{path.name}": digest for part, folder in folders.items()
               for path, digest in sha256_of(weight_files(folder)).items()}
     provenance = {"samples_seen": facts["samples"], "training_steps": facts["step"], "sha256": hashes}
-    sources = Sources(options.perception, "nano", Schedule(steps=STEPS, guidance=GUIDANCE), provenance, LICENCES,
-                      LICENCE_TEXT)
-    build(model, fit_preview(model, options.labels), sources, options.out, lambda line: print(line, file=sys.stderr))
+    sources = Sources(perception_in(options.perception), "nano", Schedule(steps=STEPS, guidance=GUIDANCE), provenance,
+                      LICENCES, LICENCE_TEXT)
+    build(model, preview_from(model, options.labels), sources, options.out,
+          report=lambda line: print(line, file=sys.stderr))
     return 0
 
 
-def fit_preview(model: CapHuman, labels: Path) -> PreviewDecoder:
-    """Least-squares colours of a latent cell, over latents of the labels and what the autoencoder makes of them."""
-    cell = model.config.vae.downscale
+def preview_from(model: CapHuman, labels: Path) -> PreviewDecoder:
+    """Fitted to latents of the labels and what the autoencoder makes of them."""
     with np.load(labels / f"latents-{model.config.height}.npz") as stored:
         latents = torch.from_numpy(stored["latents"][::100, 0].astype(np.float32) * stored["step"])
     with torch.no_grad():
-        colours = torch.cat([F.avg_pool2d(model.first_stage_model.decode(latents[first:first + 8]), cell)
-                             for first in range(0, len(latents), 8)])
-    cells = latents.permute(0, 2, 3, 1).flatten(0, 2)
-    inputs = torch.cat([cells, torch.ones(len(cells), 1)], dim=1)
-    solution = torch.linalg.lstsq(inputs, colours.permute(0, 2, 3, 1).flatten(0, 2)).solution.T  # (3, channels + 1)
-    return PreviewDecoder(solution[:, :-1, None, None].contiguous(), solution[:, -1].contiguous())
+        colours = torch.cat([F.avg_pool2d(model.first_stage_model.decode(latents[first:first + 8]),
+                                          model.config.vae.downscale) for first in range(0, len(latents), 8)])
+    return fit_preview(latents, colours)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""Write reference modules as ONNX graphs with the contract's names; weights in half precision where that is exact.
+"""Write reference modules as ONNX graphs with the contract's names, their large weights in one file beside them.
 
-Graphs saved together share one external-data file: equal tensors are stored once.
+Graphs saved together share that file: equal tensors are stored once. One tensor is in memory at a time, so that a model
+of any size can be written from weights that are memory-mapped.
 """
 import hashlib
-from collections import Counter
-from collections.abc import Mapping
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import torch
-from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from caphuman_edge.export.graphs import example_inputs
@@ -21,64 +23,79 @@ OPSET = 18
 EXTERNAL_BYTES = 1024  # smaller tensors stay inside the graph
 ALIGNMENT = 64  # bytes
 WEIGHTS = "weights.bin"
+Storage = Literal["exact", "f16", "f32"]  # halves where that loses nothing; wherever they do not overflow; never
 
 
-def trace(module: nn.Module, spec: GraphSpec) -> ModelProto:
-    """The module as an ONNX model whose inputs and outputs are the contract's."""
+def trace(module: nn.Module, spec: GraphSpec) -> ir.Model:
+    """The module as an ONNX model whose inputs and outputs are the contract's; its weights are the module's own."""
     inputs = example_inputs(spec.inputs, seed=0)
-    program = torch.onnx.export(
-        module.eval(), tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False, optimize=True,
-        input_names=[tensor.name for tensor in spec.inputs], output_names=[tensor.name for tensor in spec.outputs],
-        dynamic_shapes=_dynamic_shapes(module, spec))
+    with _quiet():
+        program = torch.onnx.export(
+            module.eval(), tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False, optimize=True,
+            input_names=[tensor.name for tensor in spec.inputs], output_names=[tensor.name for tensor in spec.outputs],
+            dynamic_shapes=_dynamic_shapes(module, spec))
     assert program is not None
-    model = program.model_proto
-    for node in model.graph.node:  # where in the source a node came from: bulk that nobody reads in a bundle
-        node.doc_string = ""
-        del node.metadata_props[:]
-    return model
+    for node in program.model.graph:  # where in the source a node came from: bulk that nobody reads in a bundle
+        node.doc_string = None
+        node.metadata_props.clear()
+    return program.model
 
 
-def save(models: Mapping[str, ModelProto], folder: Path) -> str:
+def save(models: Mapping[str, ir.Model], folder: Path, storage: Storage = "exact") -> str:
     """Write `models` (by file name) to a folder with one shared weights file.
 
-    Returns the precision that the large tensors are stored in: "f16", "f32", or "mixed".
+    Halves are float16 plus a cast, which runtimes fold when they load. Returns the precision that the large tensors are
+    stored in: "f16", "f32", or "mixed".
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / WEIGHTS, "wb") as weights:
-        pool = WeightPool(weights, WEIGHTS)
+    with open(folder / WEIGHTS, "wb") as file:
+        pool = WeightPool(file)
         for name, model in models.items():
             _compact_embeddings(model.graph)
-            _halve_weights(model.graph)
-            pool.move_weights(model.graph)
-            onnx.save(model, folder / name)
+            _store_weights(model.graph, pool, storage)
+            ir.save(model, folder / name)
     if not pool.places:
         (folder / WEIGHTS).unlink()
-    return _precision(models)
+    return pool.precision
 
 
 class WeightPool:
     """One external-data file; a tensor that is already in it is not written again."""
 
-    def __init__(self, file: BinaryIO, name: str):
-        self.file, self.name = file, name
+    def __init__(self, file: BinaryIO):
+        self.file = file
         self.places: dict[bytes, int] = {}  # digest: offset
+        self.kinds: set[str] = set()  # of the floats in it
 
-    def move_weights(self, graph: GraphProto) -> None:
-        """Replace a graph's large tensors by references into the file."""
-        for tensor in graph.initializer:
-            data = numpy_helper.to_array(tensor).tobytes()
-            if len(data) >= EXTERNAL_BYTES:
-                tensor.raw_data = data
-                onnx.external_data_helper.set_external_data(tensor, self.name, self._place(data), len(data))
-                tensor.ClearField("raw_data")
-
-    def _place(self, data: bytes) -> int:
+    def put(self, name: str, array: np.ndarray) -> ir.ExternalTensor:
+        """The array as a reference into the file."""
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data  # no copy
         digest = hashlib.sha256(data).digest()
         if digest not in self.places:
             self.file.write(b"\0" * (-self.file.tell() % ALIGNMENT))
             self.places[digest] = self.file.tell()
             self.file.write(data)
-        return self.places[digest]
+        if array.dtype.kind == "f":
+            self.kinds.add(f"f{8 * array.itemsize}")
+        return ir.ExternalTensor(WEIGHTS, self.places[digest], data.nbytes, ir.DataType.from_numpy(array.dtype),
+                                 shape=ir.Shape(array.shape), name=name, base_dir=Path(self.file.name).parent)
+
+    @property
+    def precision(self) -> str:
+        """Of the tensors in the file; small ones, which stay in the graphs, do not count."""
+        return self.kinds.copy().pop() if len(self.kinds) == 1 else "mixed" if self.kinds else "f32"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's own deprecations, and packages that it would like to find, are no business of a user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logger.setLevel(level)
 
 
 def _dynamic_shapes(module: nn.Module, spec: GraphSpec) -> tuple[object, ...]:
@@ -93,58 +110,65 @@ def _dynamic_shapes(module: nn.Module, spec: GraphSpec) -> tuple[object, ...]:
     return (*shapes[:named], rest) if rest else tuple(shapes)
 
 
-def _precision(models: Mapping[str, ModelProto]) -> str:
-    """Of the tensors that were moved out of the graphs; small ones do not count."""
-    types = {tensor.data_type for model in models.values() for tensor in model.graph.initializer
-             if tensor.data_location == TensorProto.EXTERNAL}
-    names = {frozenset({TensorProto.FLOAT16}): "f16", frozenset({TensorProto.FLOAT}): "f32", frozenset(): "f32"}
-    return names.get(frozenset(types - {TensorProto.UINT16}), "mixed")
+def _store_weights(graph: ir.Graph, pool: WeightPool, storage: Storage) -> None:
+    """Move every large tensor to the pool, as halves where `storage` says so."""
+    for value in list(graph.initializers.values()):
+        assert value.const_value is not None and value.name is not None
+        if value.const_value.nbytes < EXTERNAL_BYTES:
+            continue
+        array = value.const_value.numpy()
+        half = _half(array, storage)
+        if half is None:
+            value.const_value = pool.put(value.name, array)
+        else:
+            _insert_cast(graph, value, pool.put(f"{value.name}.half", half))
 
 
-def _compact_embeddings(graph: GraphProto) -> None:
+def _half(array: np.ndarray, storage: Storage) -> np.ndarray | None:
+    """The float32 array as float16, or None where it has to stay as it is."""
+    if array.dtype != np.float32 or storage == "f32":
+        return None
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    good = np.isfinite(half).all() if storage == "f16" else np.array_equal(half.astype(np.float32), array)
+    return half if good else None
+
+
+def _insert_cast(graph: ir.Graph, value: ir.Value, stored: ir.ExternalTensor) -> None:
+    """Let whoever reads the value read a cast of what is stored."""
+    half = ir.val(stored.name, ir.DataType.FLOAT16, stored.shape, const_value=stored)
+    graph.register_initializer(half)
+    cast = ir.node("Cast", [half], attributes={"to": ir.DataType.FLOAT})
+    ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+    del graph.initializers[str(value.name)]
+    cast.outputs[0].name, cast.outputs[0].shape = value.name, value.shape
+    cast.outputs[0].dtype = ir.DataType.FLOAT
+    graph.insert_before(graph[0], cast)
+
+
+def _compact_embeddings(graph: ir.Graph) -> None:
     """Store only the non-zero rows of embedding tables that are mostly zero: the words a small model never met.
 
     ids -> index of the stored row (row 0 is zeros) -> row. Exact.
     """
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    uses = Counter(name for node in graph.node for name in node.input)
-    tables = [position for position, node in enumerate(graph.node)
-              if node.op_type == "Gather" and node.input[0] in tensors and uses[node.input[0]] == 1
-              and all(attribute.name != "axis" or attribute.i == 0 for attribute in node.attribute)]
-    for position in reversed(tables):  # from the end: a replacement inserts nodes before its own
-        tensor = tensors[graph.node[position].input[0]]
-        table = numpy_helper.to_array(tensor)
-        used = np.flatnonzero(table.any(axis=-1)) if table.ndim == 2 else np.arange(len(table))
-        if 2 * len(used) < len(table) and len(used) < np.iinfo(np.uint16).max:
-            _replace_table(graph, position, tensor, table, used)
+    for node in list(graph):
+        table = node.inputs[0] if node.op_type == "Gather" else None
+        if table is not None and table.const_value is not None and table.name in graph.initializers \
+                and len(table.uses()) == 1 and node.attributes.get_int("axis", 0) == 0:
+            rows = table.const_value.numpy()
+            used = np.flatnonzero(rows.any(axis=-1)) if rows.ndim == 2 else np.arange(len(rows))
+            if 2 * len(used) < len(rows) and len(used) < np.iinfo(np.uint16).max:
+                _replace_table(graph, node, table, rows, used)
 
 
-def _replace_table(graph: GraphProto, position: int, tensor: TensorProto, table: np.ndarray, used: np.ndarray) -> None:
-    name, gather = tensor.name, graph.node[position]
-    rows = np.zeros(len(table), np.uint16)
-    rows[used] = 1 + np.arange(len(used))
-    stored = np.concatenate([np.zeros_like(table[:1]), table[used]])
-    tensor.CopyFrom(numpy_helper.from_array(stored, name))
-    graph.initializer.append(numpy_helper.from_array(rows, f"{name}.row_of_token"))
-    lookup = helper.make_node("Gather", [f"{name}.row_of_token", gather.input[1]], [f"{name}.row"])
-    cast = helper.make_node("Cast", [f"{name}.row"], [f"{name}.index"], to=TensorProto.INT64)
-    gather.input[1] = f"{name}.index"
-    graph.node.insert(position, lookup)
-    graph.node.insert(position + 1, cast)
-
-
-def _halve_weights(graph: GraphProto) -> None:
-    """Store float32 tensors as float16 plus a cast, where that loses nothing; runtimes fold the cast when loading."""
-    casts = []
-    for tensor in graph.initializer:
-        values = numpy_helper.to_array(tensor)
-        if values.dtype != np.float32 or values.nbytes < EXTERNAL_BYTES:
-            continue
-        with np.errstate(over="ignore"):
-            half = values.astype(np.float16)
-        if np.array_equal(half.astype(np.float32), values):
-            name = tensor.name
-            tensor.CopyFrom(numpy_helper.from_array(half, f"{name}.half"))
-            casts.append(helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT))
-    for cast in reversed(casts):
-        graph.node.insert(0, cast)
+def _replace_table(graph: ir.Graph, gather: ir.Node, table: ir.Value, rows: np.ndarray, used: np.ndarray) -> None:
+    place = np.zeros(len(rows), np.uint16)
+    place[used] = 1 + np.arange(len(used))
+    stored = np.concatenate([np.zeros_like(rows[:1]), rows[used]])
+    table.const_value, table.shape = ir.tensor(stored, name=table.name), ir.Shape(stored.shape)
+    places = ir.val(f"{table.name}.row_of_token", const_value=ir.tensor(place, name=f"{table.name}.row_of_token"))
+    graph.register_initializer(places)
+    lookup = ir.node("Gather", [places, gather.inputs[1]])
+    index = ir.node("Cast", lookup.outputs, attributes={"to": ir.DataType.INT64})
+    gather.replace_input_with(1, index.outputs[0])
+    graph.insert_before(gather, [lookup, index])

@@ -16,7 +16,7 @@ from .backends import Graph, open_backend
 from .cache import sha256_of
 from .contract import Config, graphs
 from .errors import BundleError
-from .manifest import Component, FileRecord, Manifest, check_graph, parse
+from .manifest import DATA, Component, FileRecord, Form, Manifest, check_graph, parse
 from .schedule import Schedule
 
 EMBEDDED = Path(__file__).parent / "data" / "nano"
@@ -65,24 +65,35 @@ class Bundle:
             raise BundleError(f"bundle {self.root} has no component {name}, it has {held}; rebuild it with {name}")
         return self.manifest.components[name]
 
-    def file(self, name: str) -> Path:
-        """Where a component's file or folder lies."""
-        return self.root / self.component(name).path
+    def stored(self, name: str, formats: Iterable[str]) -> bool:
+        """Whether a component is there in one of these formats."""
+        return name in self and not self.component(name).forms.keys().isdisjoint(formats)
+
+    def form(self, name: str, formats: Iterable[str]) -> Form:
+        """How a component is stored in the first of these formats that it has; raises BundleError where in none."""
+        forms, formats = self.component(name).forms, tuple(formats)
+        for format in formats:
+            if format in forms:
+                return forms[format]
+        raise BundleError(f"{name} of {self.root} is stored as {' and '.join(forms)}, expected {' or '.join(formats)}; "
+                          "choose another backend, or build a bundle that has it")
+
+    def file(self, name: str, form: str | None = None) -> Path:
+        """Where a component's file or folder lies: of data, or with `form` of a graph in that format."""
+        return self.root / self.form(name, [form or DATA]).path
 
     def graph(
-        self, name: str, backend: str = "ort", *, device: str = "cpu", threads: int | None = None,
+        self, name: str, backend: str = "ort", *, device: str | None = None, threads: int | None = None,
         cache_dir: Path | None = None, precision: str | None = None,
     ) -> Graph:
         """Load one graph and check it against the contract. Each call loads anew: who wants to keep it, keeps it.
 
         Settings as in `backends.Backend.load`. Raises BundleError, ShapeMismatch, BadInput, MissingExtra.
         """
-        path, contract, loader = self.file(name), graphs(self.config), open_backend(backend)
-        if name not in contract:
+        component, contract, loader = self.component(name), graphs(self.config), open_backend(backend)
+        if DATA in component.forms:
             raise BundleError(f"component {name} of {self.root} is data, not a graph; read it with Bundle.file")
-        if path.suffix not in loader.SUFFIXES:
-            raise BundleError(f"{path} is not for backend {backend}, which loads {', '.join(loader.SUFFIXES)}; "
-                              "choose another backend or build a bundle for this one")
+        path = self.root / self.form(name, loader.FORMATS).path
         graph = loader.load(path, device=device, threads=threads, cache_dir=cache_dir, precision=precision)
         spec = check_graph(str(path), graph.inputs, graph.outputs, contract[name])
         return dataclasses.replace(graph, inputs=spec.inputs, outputs=spec.outputs)
@@ -99,7 +110,7 @@ def new_bundle(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     target = Path(target)
     with _writing(target):
         _restore(target)
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
@@ -141,10 +152,10 @@ def _read_manifest(root: Path) -> str:
 
 
 def _all_files(manifest: Manifest) -> dict[str, FileRecord]:
-    """Every file once. Raises BundleError where two components disagree about one that they share."""
+    """Every file once. Raises BundleError where two forms disagree about one that they share."""
     files: dict[str, FileRecord] = {}
-    for component in manifest.components.values():
-        for path, record in component.files.items():
+    for form in (form for component in manifest.components.values() for form in component.forms.values()):
+        for path, record in form.files.items():
             if files.setdefault(path, record) != record:
                 raise BundleError(f"bundle.json gives {path} two different hashes; rebuild the bundle")
     return files
@@ -171,7 +182,7 @@ def _verify_size(path: Path, size: int) -> None:
                           "fetch or build the bundle again")
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
     if target.exists() and not overwrite:
         raise BundleError(f"{target} exists; choose another place or allow overwriting")
     if target.exists() and not (target / MANIFEST).is_file():

@@ -161,13 +161,20 @@ def graphs(config: Config) -> dict[str, GraphSpec]:
 def residual_shapes(config: Config) -> list[tuple[int, int, int]]:
     """(channels, rows, columns) of the 13 CapFace residuals, in input-block order, middle last."""
     unet, (_, rows, columns) = config.unet, config.latent_shape
-    shapes = [(unet.model_channels, rows, columns)]
+    mults = [1]
     for level, mult in enumerate(unet.channel_mult):
-        width = mult * unet.model_channels
-        shapes += [(width, rows >> level, columns >> level)] * unet.num_res_blocks
-        if level < len(unet.channel_mult) - 1:
-            shapes.append((width, rows >> level + 1, columns >> level + 1))
-    return [*shapes, shapes[-1]]
+        mults += [mult] * (unet.num_res_blocks + (level < len(unet.channel_mult) - 1))
+    return [(mult * unet.model_channels, rows >> level, columns >> level)
+            for mult, level in zip([*mults, mults[-1]], residual_levels(unet), strict=True)]
+
+
+def residual_levels(unet: UNetConfig) -> list[int]:
+    """The level of each residual; level k works at latent size / 2**k, and `gate_k` gates it."""
+    last = len(unet.channel_mult) - 1
+    levels = [0]
+    for level in range(last + 1):
+        levels += [level] * unet.num_res_blocks + [level + 1] * (level < last)
+    return [*levels, last]
 
 
 def _perception_graphs(config: Config) -> list[GraphSpec]:

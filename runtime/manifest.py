@@ -1,12 +1,14 @@
 """bundle.json as data: what a bundle holds, parsed strictly and checked against the contract.
 
-    {"format": 1, "name": "nano", "config": {...}, "schedule": {...}, "provenance": {...}, "licences": {...},
-     "components": {"denoiser": {"path": "denoiser/model.onnx", "precision": "int8", "parity": {"psnr_db": 41.2},
-                                 "files": {"denoiser/model.onnx": {"sha256": "...", "size": 123}},
-                                 "inputs": [{"name": "latent", "shape": [1, 4, 32, 32], "dtype": "float32"}],
-                                 "outputs": [...]}}}
+    {"format": 2, "name": "nano", "config": {...}, "schedule": {...}, "provenance": {...}, "licences": {...},
+     "components": {
+      "denoiser": {"forms": {"onnx": {"path": "denoiser/model.onnx", "precision": "int8", "parity": {"psnr_db": 41.2},
+                                      "files": {"denoiser/model.onnx": {"sha256": "...", "size": 123}}},
+                             "openvino": {...}},
+                   "inputs": [{"name": "latent", "shape": [1, 4, 32, 32], "dtype": "float32"}], "outputs": [...]},
+      "head": {"forms": {"data": {"path": "head/open_head.npz", ...}}, "inputs": [], "outputs": []}}}
 
-A component without inputs and outputs is data: tokenizer, head model, self-test.
+A component is a graph, stored in one or several formats, or data: tokenizer, head model, self-test.
 """
 import dataclasses
 import json
@@ -19,7 +21,9 @@ from .contract import FULL, Config, GraphSpec, TensorSpec, graphs
 from .errors import BundleError, ShapeMismatch
 from .schedule import SCHEDULES, Schedule
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = ("onnx", "openvino", "coreml", "ort")  # that a graph may be stored in; ort is ONNX Runtime Mobile's
+DATA = "data"  # the form of what is no graph
 REBUILD = "rebuild the bundle with this version"
 
 
@@ -32,15 +36,22 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class Component:
-    """One graph, or one piece of data. Paths are relative to the bundle, with forward slashes."""
+class Form:
+    """One way in which a component is stored. Paths are relative to the bundle, with forward slashes."""
 
     path: str  # the file or folder to load
-    files: dict[str, FileRecord]  # all that it needs, itself included; components may share files
+    files: dict[str, FileRecord]  # all that it needs, itself included; forms and components may share files
     precision: str = "f32"  # of the stored weights
+    parity: dict[str, float] = field(default_factory=dict)  # against the reference, by metric, or by output: psnr_db
+
+
+@dataclass(frozen=True)
+class Component:
+    """One graph in at least one format, or one piece of data."""
+
+    forms: dict[str, Form]  # by format: some of FORMATS for a graph, DATA alone for data
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
-    parity: dict[str, float] = field(default_factory=dict)  # measured against the reference, by metric
 
 
 @dataclass(frozen=True)
@@ -101,10 +112,13 @@ def _check_contract(config: Config, components: Mapping[str, Component]) -> None
     except (ArithmeticError, LookupError) as error:
         raise BundleError(f"bundle.json: config is inconsistent ({error}); {REBUILD}") from error
     for name, component in components.items():
-        if name in contract:
+        if name in contract and DATA not in component.forms:
             check_graph(f"bundle.json: {name}", component.inputs, component.outputs, contract[name])
+        elif name in contract or DATA not in component.forms:
+            kind = "data, expected a graph" if name in contract else f"an unknown graph, known are {_names(contract)}"
+            raise BundleError(f"bundle.json: {name} is {kind}; {REBUILD}")
         elif component.inputs or component.outputs:
-            raise BundleError(f"bundle.json: graph {name} is unknown, expected one of {_names(contract)}; {REBUILD}")
+            raise BundleError(f"bundle.json: {name} is data and has inputs or outputs, expected none; {REBUILD}")
 
 
 def _matched_all(label: str, found: Iterable[TensorSpec], want: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -125,20 +139,30 @@ def _matched(label: str, found: TensorSpec, want: TensorSpec) -> TensorSpec:
 
 
 def _component(data: object, where: str) -> Component:
-    fields = _record(data, where, path=str, files=dict, precision=str, inputs=list, outputs=list, parity=dict)
+    fields = _record(data, where, forms=dict, inputs=list, outputs=list)
+    names = fields["forms"].keys()
+    if names != {DATA} and not (names and names <= set(FORMATS)):
+        raise BundleError(f"bundle.json: {where}.forms are {_names(names)}, expected some of {', '.join(FORMATS)}, "
+                          f"or {DATA} alone; {REBUILD}")
+    forms = {name: _form(form, f"{where}.forms.{name}") for name, form in fields["forms"].items()}
+    inputs = tuple(_tensor(spec, f"{where}.inputs") for spec in fields["inputs"])
+    outputs = tuple(_tensor(spec, f"{where}.outputs") for spec in fields["outputs"])
+    return Component(forms, inputs, outputs)
+
+
+def _form(data: object, where: str) -> Form:
+    fields = _record(data, where, path=str, files=dict, precision=str, parity=dict)
     files = {_inside(path): _file(record, f"{where}.files.{path}") for path, record in fields["files"].items()}
     path = PurePosixPath(_inside(fields["path"]))
     if not any(path in (file, *file.parents) for file in map(PurePosixPath, files)):
         raise BundleError(f"bundle.json: {where}.path is {path}, which its files do not list; {REBUILD}")
-    inputs = tuple(_tensor(spec, f"{where}.inputs") for spec in fields["inputs"])
-    outputs = tuple(_tensor(spec, f"{where}.outputs") for spec in fields["outputs"])
-    return Component(str(path), files, fields["precision"], inputs, outputs, _parity(fields["parity"], where))
+    return Form(str(path), files, fields["precision"], _parity(fields["parity"], where))
 
 
 def _parity(data: dict[str, Any], where: str) -> dict[str, float]:
     if not all(type(value) in (int, float) for value in data.values()):
         raise BundleError(f"bundle.json: {where}.parity is {data!r:.60}, expected numbers; {REBUILD}")
-    return data
+    return {metric: float(value) for metric, value in data.items()}
 
 
 def _file(data: object, where: str) -> FileRecord:

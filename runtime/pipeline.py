@@ -21,6 +21,7 @@ from .errors import BadInput
 from .framing import Fit
 from .head import OPEN_HEAD, DecaEncoder, HeadCode, HeadFitter, HeadModel, is_flame, load_head
 from .image import load_photo, resize, save_png
+from .machine import Machine, split_eps
 from .noise import cuda_normal
 from .perceive import Subject, measure_subject
 from .perception import InsightFace, Perception
@@ -89,13 +90,16 @@ class Pipeline:
     """A bundle ready to use; graphs load when first needed and stay loaded.
 
     `head` is the file of a head model to draw with in place of the bundle's; `detector` is what finds faces, "insight"
-    where the insightface extra and a model pack of the user's are there.
+    where the insightface extra and a model pack of the user's are there. Backend, device, threads and precision are
+    `machine.Machine`'s.
     """
 
     def __init__(self, bundle: Bundle, backend: str = "ort", threads: int | None = None,
                  renderer: Literal["auto", "gl", "numpy"] = "auto", head: Path | None = None,
-                 detector: Literal["landmarker", "insight"] = "landmarker"):
-        self.bundle, self.backend, self.threads = bundle, backend, threads
+                 detector: Literal["landmarker", "insight"] = "landmarker", device: str | None = None,
+                 precision: str | None = None):
+        self.bundle, self.machine = bundle, Machine(backend, device, threads, precision)
+        self.machine.check()
         self.head_file = head or (bundle.file("head") if "head" in bundle else OPEN_HEAD)
         self.head_model: HeadModel = load_head(self.head_file)
         self.tokenizer = Tokenizer(bundle.file("tokenizer")) if "tokenizer" in bundle else Tokenizer()
@@ -132,6 +136,11 @@ class Pipeline:
             return DecaEncoder(self.graph(HEAD_ENCODER), self.head_model.layout)
         return HeadFitter(self.head_model)
 
+    @cached_property
+    def denoiser(self) -> tuple[str, ...]:
+        """The graphs of a step, fused or split. Raises BundleError where the backend can run neither."""
+        return self.machine.denoiser(self.bundle)
+
     def perceive(self, photo: str | Path | UInt8[np.ndarray, "h w 3"], face: int | None = None,
                  fit: Fit = "face") -> Subject:
         """Measure the person in a photo; settings as in `perceive.measure_subject`."""
@@ -167,8 +176,11 @@ class Pipeline:
             yield Step(index, len(steps), step.timestep, clean, latent, self, recipe)
 
     def settings(self, settings: Settings | None = None, **changes: object) -> Settings:
-        """Settings with the bundle's defaults filled in, checked."""
-        schedule = self.bundle.schedule
+        """Settings with the bundle's defaults filled in, checked.
+
+        Raises BadInput for one out of range, BundleError where the backend cannot run the bundle's denoiser.
+        """
+        schedule, _ = self.bundle.schedule, self.denoiser  # the latter only to refuse before a photo is measured
         given = dataclasses.replace(settings or Settings(), **changes)  # type: ignore[arg-type]
         chosen = dataclasses.replace(given, steps=schedule.steps if given.steps is None else given.steps,
                                      guidance=schedule.guidance if given.guidance is None else given.guidance)
@@ -188,7 +200,7 @@ class Pipeline:
     def graph(self, name: str) -> Graph:
         """A graph of the bundle, loaded once."""
         if name not in self._graphs:
-            self._graphs[name] = self.bundle.graph(name, self.backend, threads=self.threads)
+            self._graphs[name] = self.machine.load(self.bundle, name)
         return self._graphs[name]
 
     def _constants(self, subject: Subject, head: HeadCode, settings: Settings) -> Arrays:
@@ -211,12 +223,14 @@ class Pipeline:
         step: Arrays = {"latent": latent, "timestep": np.array([timestep], np.float32)}
         if settings.tau and timestep > settings.tau:
             step["face_tokens"] = np.zeros_like(constants["face_tokens"])
-        eps = self.graph("denoiser")({**constants, **step})["eps"]
+        inputs, parts = {**constants, **step}, [self.graph(name) for name in self.denoiser]
+        eps = parts[0](inputs)["eps"] if len(parts) == 1 else split_eps(parts[0], parts[1], inputs)
         return eps if len(eps) == 1 else guided(eps[1:], eps[:1], settings.guidance or 0.0)
 
     def _recipe(self, head: HeadCode, settings: Settings) -> dict[str, object]:
         (head_digest,) = sha256_of([self.head_file]).values()  # no path: the picture may be shared
-        return {**dataclasses.asdict(settings), "backend": self.backend,
+        return {**dataclasses.asdict(settings), "backend": self.machine.backend,
+                "device": self.machine.device, "precision": self.machine.precision,
                 "head": head.numbers(), "head_sha256": head_digest,
                 "bundle": self.bundle.manifest.name, "bundle_sha256": self.bundle.digest,
                 "made_with": f"caphuman-edge {version('caphuman-edge')}"}

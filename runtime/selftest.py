@@ -2,18 +2,21 @@
 
 selftest.npz holds `<graph>/in/<tensor>` and `<graph>/out/<tensor>`; floats may be stored as halves to save space.
 """
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 
-from .backends import Arrays, Graph
+from .backends import Arrays, Graph, open_backend
 from .bundle import Bundle
 from .errors import BundleError, ShapeMismatch
+from .machine import FUSED, SPLIT, Machine
+from .manifest import Form
 
-FLOOR_INT8, FLOOR_HALF, FLOOR_FLOAT = 35.0, 45.0, 60.0  # dB; see `floor_db`
+FLOOR_COARSE, FLOOR_HALF, FLOOR_FLOAT = 35.0, 45.0, 60.0  # dB; see `floor_db`
+FLOORS_PALETTE = {"palettised-6": 25.0, "palettised-4": 12.0}  # dB; weights of 64 and 16 values are noisy themselves
 FLOOR_GATES = 30.0  # dB; gates are 0 or 1, and this is one in a thousand flipped
 GATE = "gate_"  # how their names begin
 EXACT = 200.0  # dB; stands for no difference at all, which JSON has no infinity for
@@ -26,6 +29,7 @@ class Verdict:
     graph: str  # its gates have a verdict of their own
     psnr_db: float  # of its worst output
     floor_db: float
+    backend: str  # that ran it
 
     @property
     def passed(self) -> bool:
@@ -33,27 +37,35 @@ class Verdict:
         return self.psnr_db >= self.floor_db
 
 
-def self_test(bundle: Bundle, backend: str = "ort", threads: int | None = None) -> Iterator[Verdict]:
-    """Run every graph that the self-test covers. Raises BundleError where the bundle has none or it does not fit."""
+def self_test(bundle: Bundle, machine: Machine | None = None) -> Iterator[Verdict]:
+    """Run every graph that the self-test covers, but the form of the denoiser that this machine has no use for.
+
+    Raises BundleError where the bundle has no self-test, it does not fit, or the backend cannot run the bundle.
+    """
+    machine = machine or Machine()
     arrays = _load(bundle.file("selftest"))
     if not arrays:
         raise BundleError(f"{bundle.file('selftest')} is empty, expected inputs and outputs; rebuild the bundle")
-    for name in sorted({key.split("/")[0] for key in arrays}):
-        graph = bundle.graph(name, backend, threads=threads)
+    for name in _covered(bundle, machine, {key.split("/")[0] for key in arrays}):
+        graph, runner = machine.load(bundle, name), machine.runner(bundle, name)
         expected = _tensors(arrays, f"{name}/out/")
         outputs = graph(_inputs(graph, _tensors(arrays, f"{name}/in/")))
         _check_expected(name, outputs, expected)
-        yield from _verdicts(name, bundle.component(name).precision, outputs, expected)
+        form = bundle.form(name, open_backend(runner).FORMATS)
+        yield from _verdicts(name, runner, floor_db(form, machine.in_halves(bundle, name), expected), outputs, expected)
 
 
-def floor_db(precision: str, expected: Mapping[str, np.ndarray]) -> float:
-    """What a graph must reach: 35 dB with weights of 8 bits, 45 if its expectations are halves, else 60.
+def floor_db(form: Form, in_halves: bool, expected: Mapping[str, np.ndarray]) -> float:
+    """What a graph must reach: 45 dB where its expectations are stored as halves, else 60; 35 where it is coarse.
 
-    Rounding an expectation to halves alone leaves 70 dB and more; the rest is room for weights that are halves too and
-    for a backend that computes in them.
+    Rounding an expectation to halves leaves 70 dB and more. Coarse are arithmetic of 16 bits (`in_halves`), weights of
+    8, and what was so far from the reference when it was built; with weights of fewer bits the floor is FLOORS_PALETTE.
     """
-    if precision.startswith("int"):
-        return FLOOR_INT8
+    if form.precision in FLOORS_PALETTE:
+        return FLOORS_PALETTE[form.precision]
+    rounded = form.precision.startswith(("int", "palettised")) or form.parity.get("psnr_db", EXACT) < FLOOR_FLOAT
+    if in_halves or rounded:
+        return FLOOR_COARSE
     return FLOOR_HALF if any(array.dtype == np.float16 for array in expected.values()) else FLOOR_FLOAT
 
 
@@ -64,6 +76,15 @@ def psnr_db(found: np.ndarray, expected: np.ndarray) -> float:
     reference = expected.astype(np.float64)
     peak, error = np.abs(reference).max(), np.sqrt(np.mean((found - reference) ** 2))
     return EXACT if error == 0 else float(np.clip(20 * np.log10(max(peak, 1e-10) / error), -EXACT, EXACT))
+
+
+def _covered(bundle: Bundle, machine: Machine, names: Iterable[str]) -> list[str]:
+    """Those of the graphs that this machine would run."""
+    formats = open_backend(machine.backend).FORMATS
+    unused = {name for name in FUSED + SPLIT if name in bundle and not bundle.stored(name, formats)}
+    if unused:
+        machine.denoiser(bundle)  # raises where it needs one of them
+    return sorted(set(names) - unused)
 
 
 def _load(path: Path) -> Arrays:
@@ -93,11 +114,11 @@ def _check_expected(name: str, outputs: Arrays, expected: Arrays) -> None:
                                 "not give; rebuild the bundle")
 
 
-def _verdicts(name: str, precision: str, outputs: Arrays, expected: Arrays) -> Iterator[Verdict]:
+def _verdicts(name: str, backend: str, floor: float, outputs: Arrays, expected: Arrays) -> Iterator[Verdict]:
     """On a graph's outputs and, where it has any, on its gates: all in one row, as the finest has most of the cells."""
     gates = [tensor for tensor in expected if tensor.startswith(GATE)]
     worst = min(psnr_db(outputs[tensor], array) for tensor, array in expected.items() if tensor not in gates)
-    yield Verdict(name, worst, floor_db(precision, expected))
+    yield Verdict(name, worst, floor, backend)
     if gates:
         found, stored = (np.concatenate([side[gate].ravel() for gate in gates]) for side in (outputs, expected))
-        yield Verdict(f"{name} gates", psnr_db(found, stored), FLOOR_GATES)
+        yield Verdict(f"{name} gates", psnr_db(found, stored), FLOOR_GATES, backend)

@@ -37,6 +37,23 @@ def _archive(path: Path) -> Mapping[str, np.ndarray]:
     return np.load(path, allow_pickle=False)
 
 
+@pytest.fixture(scope="session")
+def stranger() -> Callable[[Any], Any]:
+    """`stranger(pipe)` is somebody who was never photographed: the mean head, with features drawn at random."""
+    from caphuman_edge.runtime.head import HeadCode  # not before the tests' import hook is in place
+    from caphuman_edge.runtime.perceive import Subject
+    from caphuman_edge.runtime.perception import FaceLandmarks
+
+    def make(pipe: Any) -> Any:
+        rng, size = np.random.default_rng(0), pipe.bundle.config.vision.image_size
+        face = FaceLandmarks(np.zeros((478, 3), np.float32), 1.0, np.zeros(52, np.float32))
+        identity = rng.normal(size=pipe.bundle.config.identity_width).astype(np.float32)
+        return Subject(np.zeros((64, 64, 3), np.uint8), face, HeadCode.neutral(pipe.head_model.layout),
+                       identity / np.linalg.norm(identity), rng.normal(size=(3, size, size)).astype(np.float32))
+
+    return make
+
+
 @pytest.fixture
 def flame_files(golden, tmp_path, chumpy) -> Callable[..., Any]:
     """`flame_files(v_template=...)` writes FLAME 2020's and DECA's files as they come, from the recorded model.

@@ -1,6 +1,7 @@
 """Backends: one short module each, and the checked callable that all of them return.
 
-A backend is a module with `NAME`, `SUFFIXES` and `load`; its heavy import happens when it is opened, not before.
+A backend is a module with `NAME`, `FORMATS`, `devices` and `load`; its heavy import happens when it is opened, not
+before.
 """
 import importlib
 from collections.abc import Callable, Iterable, Mapping
@@ -11,9 +12,11 @@ from typing import Protocol, cast, runtime_checkable
 import numpy as np
 
 from ..contract import TensorSpec
-from ..errors import BadInput, ShapeMismatch
+from ..errors import BadInput, MissingExtra, ShapeMismatch
 
-BACKENDS = ("ort",)
+BACKENDS = ("ort", "openvino", "coreml")
+EXTRAS = {"openvino": "openvino", "coreml": "coremltools"}  # backend, and so the extra's name: the package in it
+ANY_DEVICE = ("auto", "all")  # names that leave the choice to the backend
 
 Arrays = dict[str, np.ndarray]
 
@@ -45,29 +48,60 @@ class Backend(Protocol):
         """The name that --backend takes."""
 
     @property
-    def SUFFIXES(self) -> tuple[str, ...]:
-        """Suffixes of the graph files it can load."""
+    def FORMATS(self) -> tuple[str, ...]:
+        """Formats of graphs that it can load, those of `manifest.FORMATS`, the best first."""
+
+    def devices(self) -> tuple[str, ...]:
+        """What this machine has of "cpu", "gpu", "npu", "all", the default first.
+
+        Raises BadInput where the backend cannot run on such a machine at all.
+        """
 
     def load(
-        self, path: Path, *, device: str = "cpu", threads: int | None = None, cache_dir: Path | None = None,
+        self, path: Path, *, device: str | None = None, threads: int | None = None, cache_dir: Path | None = None,
         precision: str | None = None,
     ) -> Graph:
         """Load one graph; raises BundleError where the file cannot be, BadInput for settings it does not have.
 
-        `threads`: at most so many cores, None for all. `cache_dir`: a folder for compiled models. `precision`: the
-        arithmetic to compute in, None for the one that the graph is stored in.
+        `device`: one of `devices`, or "auto"; None for the first. `threads`: at most so many cores, None for all.
+        `cache_dir`: a folder for compiled models, where the backend compiles to files; None for the user's cache.
+        `precision`: the arithmetic to compute in; None changes no number for speed, as far as the device can.
         """
 
 
 def open_backend(name: str) -> Backend:
-    """The backend of that name, imported now. Raises BadInput for an unknown name or a runtime that does not load."""
+    """The backend of that name, imported now.
+
+    Raises BadInput for an unknown name or a runtime that does not load, MissingExtra for one that is not installed.
+    """
     if name not in BACKENDS:
         raise BadInput(f"backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
     try:
         return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
     except ImportError as error:  # missing, or installed without a library that it needs
+        if isinstance(error, ModuleNotFoundError) and error.name == EXTRAS.get(name):
+            raise MissingExtra(EXTRAS[name], name, f"backend {name}") from error
         raise BadInput(f"backend {name} cannot be loaded ({(str(error).splitlines() or ['no reason given'])[0]}); "
                        "'caphuman doctor' names what is missing and how to install it") from error
+
+
+def chosen_device(backend: str, device: str | None, offered: tuple[str, ...]) -> str:
+    """The device, or the default where None or "auto" leaves the choice. Raises BadInput for one that is not there."""
+    check_choice(backend, "device", device, tuple(dict.fromkeys((*offered, *ANY_DEVICE))))
+    return device if device in offered else offered[0]
+
+
+def check_choice(backend: str, setting: str, value: str | None, offered: tuple[str, ...]) -> None:
+    """Raise BadInput unless the backend offers this value of a setting; None is always offered."""
+    if value is not None and value not in offered:
+        raise BadInput(f"backend {backend} has no {setting} {value} here; choose {' or '.join(offered)}, "
+                       "or leave it out")
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise BadInput for no threads."""
+    if threads is not None and threads < 1:
+        raise BadInput(f"threads is {threads}, expected 1 or more; leave it out to use every core")
 
 
 def check_arrays(graph: str, specs: Iterable[TensorSpec], arrays: Mapping[str, np.ndarray]) -> None:

@@ -6,11 +6,11 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from ..contract import TensorSpec
-from ..errors import BadInput, BundleError
-from . import Arrays, Graph
+from ..errors import BundleError
+from . import Arrays, Graph, check_choice, check_threads, chosen_device
 
 NAME = "ort"
-SUFFIXES = (".onnx",)
+FORMATS = ("onnx", "ort")
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64",
           "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(uint8)": "uint8", "tensor(int8)": "int8",
           "tensor(bool)": "bool"}
@@ -19,20 +19,23 @@ WARNINGS_OFF = 3  # onnxruntime's log level: errors only
 ORT_ERRORS = tuple(kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception))
 
 
+def devices() -> tuple[str, ...]:
+    """The CPU."""
+    return ("cpu",)
+
+
 def load(
-    path: Path, *, device: str = "cpu", threads: int | None = None, cache_dir: Path | None = None,
+    path: Path, *, device: str | None = None, threads: int | None = None, cache_dir: Path | None = None,
     precision: str | None = None,
 ) -> Graph:
-    """Load an .onnx file and what it keeps in external data files beside it.
+    """Load an .onnx file and what it keeps in external data files beside it, or an .ort file.
 
     `cache_dir` is not used: ONNX Runtime compiles in memory. It computes in the precision that the graph is stored in,
     so `precision` may be None or f32. Raises BundleError for a file that it cannot load, BadInput for other settings.
     """
-    if device != "cpu" or precision not in (None, "f32"):
-        raise BadInput(f"backend ort runs on cpu in a graph's own precision, not on {device} in {precision}; "
-                       "leave device and precision out")
-    if threads is not None and threads < 1:
-        raise BadInput(f"threads is {threads}, expected 1 or more; leave it out to use every core")
+    chosen_device(NAME, device, devices())
+    check_choice(NAME, "precision", precision, ("f32",))
+    check_threads(threads)
     try:
         session = onnxruntime.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
     except ORT_ERRORS as error:

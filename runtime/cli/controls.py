@@ -17,8 +17,10 @@ from ..framing import FITS
 from ..head import DEFAULT_MODES, MODES, OPEN_HEAD, HeadCode, directional_light, mix
 from ..head.library import find_head
 from ..image import load_photo
+from ..machine import Machine
 from ..perceive import Subject
 from ..pipeline import Pipeline
+from .machine_flags import add_machine_flags
 from .number_files import head_numbers, light_coefficients
 from .values import colour, direction, number, strength, whole
 
@@ -71,20 +73,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(**CONTROLS)
     group = parser.add_argument_group("machine")
     group.add_argument("--bundle", type=Path, metavar="DIR", help="folder of a bundle (default: the embedded one)")
-    group.add_argument("--backend", default="ort", help="what runs the graphs (default: ort)")
+    add_machine_flags(group)
     group.add_argument("--renderer", choices=("auto", "gl", "numpy"), default="auto",
                        help="what draws the head (default: auto, which is gl where that runs)")
     group.add_argument("--detector", choices=("landmarker", "insight"), default="landmarker", help="what finds faces: "
                        "insight is InsightFace's SCRFD, of a model pack of yours (default: landmarker)")
-    group.add_argument("--threads", type=whole(1, 1024), metavar="N", help="at most so many cores (default: all)")
 
 
-def open_pipeline(bundle: Path | None = None, backend: str = "ort", threads: int | None = None,
+def open_pipeline(bundle: Path | None = None, machine: Machine | None = None,
                   renderer: Literal["auto", "gl", "numpy"] = "auto", head: str | None = None,
                   detector: Literal["landmarker", "insight"] = "landmarker") -> Pipeline:
     """The pipeline; says on stderr where a fallback draws, or a head that the bundle was not trained with."""
-    file = None if head is None else find_head(head)
-    pipe = Pipeline(Bundle.open(bundle), backend, threads, renderer, file, detector)
+    file, machine = None if head is None else find_head(head), machine or Machine()
+    pipe = Pipeline(Bundle.open(bundle), machine.backend, machine.threads, renderer, file, detector, machine.device,
+                    machine.precision)
     if pipe.renderer.notice:
         print(f"caphuman: {pipe.renderer.notice}", file=sys.stderr)
     if file not in (None, OPEN_HEAD) and "head" in pipe.bundle:

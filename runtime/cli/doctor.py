@@ -4,8 +4,8 @@ import os
 import platform
 import re
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
-from pathlib import Path
 from typing import Any
 
 from ..errors import CapHumanError
@@ -37,7 +37,7 @@ def survey() -> dict[str, Any]:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "packages": {name: found(name) for name in packages().get("", [])},
         "cores": os.cpu_count(), "memory_gb": memory_gb(),
-        "renderer": probed(renderer), "bundle": probed(embedded_bundle), "cache": probed(cache),
+        "backends": backends(), "renderer": probed(renderer), "bundle": probed(embedded_bundle), "cache": probed(cache),
         "extras": {extra: {name: found(name) for name in names} for extra, names in packages().items()
                    if extra and extra not in NOT_FOR_USERS},
     }
@@ -50,10 +50,11 @@ def text(report: dict[str, Any]) -> str:
         DISTRIBUTION: report["version"], "python": report["python"],
         **{name: found or f"missing: pip install {name}" for name, found in report["packages"].items()},
         "cores": f"{report['cores']}, memory {memory}",
+        **{f"--backend {name}": found for name, found in report["backends"].items()},
         **{probe: report[probe] for probe in ("renderer", "bundle", "cache")},
         **{f"[{extra}]": extra_text(extra, found) for extra, found in report["extras"].items()},
     }
-    return "\n".join(f"{name:14} {value}" for name, value in rows.items())
+    return "\n".join(f"{name:18} {value}" for name, value in rows.items())
 
 
 def extra_text(extra: str, found: dict[str, str | None]) -> str:
@@ -94,8 +95,21 @@ def probed(probe: Callable[[], str]) -> str:
     """What the probe finds, or why it cannot."""
     try:
         return probe()
-    except (CapHumanError, ImportError, OSError) as error:
+    except (CapHumanError, ImportError, OSError, RuntimeError) as error:  # the last of OpenVINO's libraries
         return f"not usable: {error}"
+
+
+def backends() -> dict[str, str]:
+    """What each backend can run on here, as --device takes it, the default first."""
+    try:
+        from ..backends import BACKENDS, open_backend
+    except ImportError as error:
+        return {"any": f"not usable: {error}"}
+
+    def devices(name: str) -> str:
+        return ", ".join(open_backend(name).devices())
+
+    return {name: probed(partial(devices, name)) for name in BACKENDS}
 
 
 def renderer() -> str:
@@ -119,8 +133,10 @@ def embedded_bundle() -> str:
 
 
 def cache() -> str:
-    """The cache folder, if it can be written."""
+    """The cache folder, what compiled models take of it, and whether it can be written."""
     from ..cache import cache_dir
+    from ..compiled import used_bytes
 
-    folder: Path = cache_dir()
-    return f"{folder}{'' if os.access(folder, os.W_OK) else ' (cannot be written: set CAPHUMAN_CACHE)'}"
+    folder, kept = cache_dir(), used_bytes() / 1e6
+    closed = "" if os.access(folder, os.W_OK) else " (cannot be written: set CAPHUMAN_CACHE)"
+    return f"{folder}, compiled models {kept:.0f} MB{closed}"

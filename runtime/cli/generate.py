@@ -15,6 +15,7 @@ from ..pipeline import Pipeline, Portrait, Settings
 from ..schedule import SCHEDULES
 from ..sheet import Tile, contact_sheet, map_tiles
 from . import controls
+from .machine_flags import chosen_machine
 from .output import check_apart, check_writable, make_folder, portrait_files
 from .progress import shown
 from .report import add_json_flag, show
@@ -38,8 +39,7 @@ def run(args: argparse.Namespace) -> int:
     check_apart(results, controls.photo_files(args))
     check_writable(results)
     sources = controls.load_sources(args)
-    with controls.open_pipeline(args.bundle, args.backend, args.threads, args.renderer, args.head,
-                                args.detector) as pipe:
+    with controls.open_pipeline(args.bundle, chosen_machine(args), args.renderer, args.head, args.detector) as pipe:
         seeds = chosen_settings(pipe, args)
         controls.check_controls(pipe, args)
         seen = controls.find_heads(pipe, sources, args)

@@ -16,6 +16,7 @@ from ..perception import FaceBox
 from ..pipeline import Pipeline
 from ..sheet import Tile, contact_sheet, landmarks_tile, map_pictures, numbered_faces, overlay_tile
 from . import controls
+from .machine_flags import chosen_machine
 from .output import check_apart, check_writable, make_folder
 from .report import add_json_flag, show
 from .values import npy
@@ -74,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
     check_apart(files, controls.photo_files(args))
     check_writable(files)
     sources = controls.load_sources(args)
-    with controls.open_pipeline(args.bundle, args.backend, args.threads, args.renderer, args.head,
-                                args.detector) as pipe:
+    with controls.open_pipeline(args.bundle, chosen_machine(args), args.renderer, args.head, args.detector) as pipe:
         controls.check_controls(pipe, args)
         seen = controls.find_heads(pipe, sources, args)
         looks, maps = _looks(pipe, sources, seen, args), pipe.maps(seen.head)

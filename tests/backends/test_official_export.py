@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from caphuman_edge.export import official
-from caphuman_edge.export.builder import _copy_perception, _write_selftest
+from caphuman_edge.export.assemble import copy_perception, perception_in, write_selftest
 from caphuman_edge.export.official import GRAPHS, IdentityGraph, ParserGraph, export_graph, export_official, main
 from caphuman_edge.ref.deca import HeadEncoder
 from caphuman_edge.ref.identity import FaceNet
@@ -101,10 +101,10 @@ def test_a_bundle_takes_the_official_graphs_that_are_there(mtcnn, tmp_path):
     for name in PERCEPTION_GRAPHS:
         (perception / name).symlink_to(EMBEDDED / name)
     export_official({"mtcnn_rnet": mtcnn / "rnet.pt"}, perception)
-    components = _copy_perception(bundle, perception, graphs(NANO))
+    components = copy_perception(bundle, perception_in(perception), graphs(NANO))
     assert components.keys() == {*PERCEPTION_GRAPHS, "mtcnn_rnet"}
-    assert components["mtcnn_rnet"].files.keys() == {"mtcnn_rnet/model.onnx", "mtcnn_rnet/weights.bin"}
-    _write_selftest(bundle, {}, graphs(NANO), components)
+    assert components["mtcnn_rnet"].forms["onnx"].files.keys() == {"mtcnn_rnet/model.onnx", "mtcnn_rnet/weights.bin"}
+    write_selftest(bundle, {}.__getitem__, components, graphs(NANO))
     assert "mtcnn_rnet/out/probability" in np.load(bundle / "selftest.npz")
 
 

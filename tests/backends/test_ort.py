@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -13,7 +14,7 @@ from caphuman_edge.runtime.backends import open_backend
 from caphuman_edge.runtime.bundle import Bundle, new_bundle, record_files, write_manifest
 from caphuman_edge.runtime.contract import NANO, TensorSpec, graphs
 from caphuman_edge.runtime.errors import BadInput, BundleError, CapHumanError, ShapeMismatch
-from caphuman_edge.runtime.manifest import Component, Manifest
+from caphuman_edge.runtime.manifest import Component, Form, Manifest
 from caphuman_edge.runtime.schedule import Schedule
 
 WEIGHTS = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -149,7 +150,7 @@ def bundle(tmp_path, monkeypatch):
     with new_bundle(tmp_path / "bundle") as scratch:
         write_preview(scratch / "preview.onnx", spec.inputs[0].shape)
         files = record_files(scratch, [scratch / "preview.onnx"])
-        component = Component("preview.onnx", files, "f32", spec.inputs, spec.outputs)
+        component = Component({"onnx": Form("preview.onnx", files)}, spec.inputs, spec.outputs)
         write_manifest(scratch, Manifest("test", NANO, Schedule(), {"preview_decoder": component}))
     return Bundle.open(tmp_path / "bundle")
 
@@ -171,13 +172,30 @@ def test_a_bundle_loads_its_graph_with_the_contract_s_shapes(bundle):
 
 
 def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle):
-    write_preview(bundle.file("preview_decoder"), (1, 4, 64, 64))
+    write_preview(bundle.file("preview_decoder", "onnx"), (1, 4, 64, 64))
     with pytest.raises(ShapeMismatch, match=r"preview.onnx inputs: latent_sample is .*\[1, 4, 64, 64\], expected"):
         bundle.graph("preview_decoder")
 
 
 def test_a_graph_for_another_backend_is_refused(bundle):
-    component = dataclasses.replace(bundle.component("preview_decoder"), path="preview.xml")
-    manifest = dataclasses.replace(bundle.manifest, components={"preview_decoder": component})
-    with pytest.raises(BundleError, match="preview.xml is not for backend ort, which loads .onnx"):
+    component = bundle.component("preview_decoder")
+    other = dataclasses.replace(component, forms={"coreml": component.forms["onnx"]})
+    manifest = dataclasses.replace(bundle.manifest, components={"preview_decoder": other})
+    with pytest.raises(BundleError, match="preview_decoder of .* is stored as coreml, expected onnx or ort; choose"):
         dataclasses.replace(bundle, manifest=manifest).graph("preview_decoder")
+
+
+def test_a_graph_of_onnx_runtime_mobile_computes_the_same(tmp_path, product):
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "product.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(tmp_path / "product.onnx", options, providers=["CPUExecutionProvider"])
+    mobile = open_backend("ort").load(tmp_path / "product.ort")
+    np.testing.assert_array_equal(mobile(arrays())["total"], product(arrays())["total"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto", "all"])
+def test_the_cpu_is_its_only_device_and_so_the_best(tmp_path, device):
+    write_product(tmp_path / "product.onnx")
+    assert open_backend("ort").devices() == ("cpu",)
+    open_backend("ort").load(tmp_path / "product.onnx", device=device)

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from caphuman_edge.ref.capface import residual_levels
 from caphuman_edge.ref.caphuman import face_gates
 from caphuman_edge.ref.checkpoints import load_strictly
 from caphuman_edge.ref.sampler import alphas_cumprod
 from caphuman_edge.ref.unet import UNet, sinusoids
-from caphuman_edge.runtime.contract import NANO, RESIDUALS, TINY
+from caphuman_edge.runtime.contract import NANO, RESIDUALS, TINY, residual_levels
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from caphuman_edge.runtime.bundle import Bundle, new_bundle, record_files, write_manifest
 from caphuman_edge.runtime.contract import NANO, graphs
 from caphuman_edge.runtime.errors import BundleError, ShapeMismatch
-from caphuman_edge.runtime.manifest import Component, Manifest, check_graph, parse
+from caphuman_edge.runtime.manifest import DATA, Component, FileRecord, Form, Manifest, check_graph, parse
 from caphuman_edge.runtime.schedule import Schedule
 
 DECODER = graphs(NANO)["preview_decoder"]
@@ -21,17 +21,23 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("CAPHUMAN_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+def data(path: str, files: dict[str, FileRecord]) -> Component:
+    return Component({DATA: Form(path, files)})
+
+
 def write(folder: Path) -> None:
-    """One graph with external weights that a second component shares, and one piece of data."""
+    """One graph in two formats, the weights of one a second component shares, and two pieces of data."""
     (folder / "preview_decoder").mkdir()
-    graph, weights, head = (folder / name for name in ("preview_decoder/model.onnx", "weights.bin", "head.npz"))
-    for file in (graph, weights, head):
+    names = ("preview_decoder/model.onnx", "preview_decoder/model.xml", "weights.bin", "head.npz")
+    graph, other, weights, head = (folder / name for name in names)
+    for file in (graph, other, weights, head):
         file.write_bytes(file.name.encode())
+    forms = {"onnx": Form(names[0], record_files(folder, [graph, weights]), "f16", {"psnr_db": 61.5, "sample": 61.5}),
+             "openvino": Form(names[1], record_files(folder, [other]))}
     components = {
-        "preview_decoder": Component("preview_decoder/model.onnx", record_files(folder, [graph, weights]), "f16",
-                                     DECODER.inputs, DECODER.outputs, {"psnr_db": 61.5}),
-        "weights": Component("weights.bin", record_files(folder, [weights])),
-        "head": Component("head.npz", record_files(folder, [head])),
+        "preview_decoder": Component(forms, DECODER.inputs, DECODER.outputs),
+        "weights": data("weights.bin", record_files(folder, [weights])),
+        "head": data("head.npz", record_files(folder, [head])),
     }
     write_manifest(folder, Manifest("test", NANO, Schedule(steps=4, guidance=1.0), components,
                                     {"unet": {"sha256": "ab"}}, {"head": "CC0-1.0"}))
@@ -51,6 +57,11 @@ def edit(folder: Path, change) -> None:
     (folder / "bundle.json").write_text(json.dumps(data))
 
 
+def head(data) -> dict:
+    """Its form in the data of bundle.json."""
+    return data["components"]["head"]["forms"]["data"]
+
+
 def refusal(folder: Path, kind: type = BundleError) -> str:
     with pytest.raises(BundleError) as caught:
         Bundle.open(folder)
@@ -67,6 +78,7 @@ def test_what_is_written_opens_again(folder):
     assert bundle.manifest.licences == {"head": "CC0-1.0"}
     assert "head" in bundle and "unet" not in bundle
     assert bundle.file("head").read_bytes() == b"head.npz"
+    assert bundle.file("preview_decoder", "openvino").read_bytes() == b"model.xml"
 
 
 def test_a_manifest_survives_its_text(folder):
@@ -79,8 +91,8 @@ def test_the_digest_changes_with_any_file(folder, tmp_path):
     with new_bundle(tmp_path / "other") as scratch:
         write(scratch)
         (scratch / "head.npz").write_bytes(b"another")
-        edit(scratch, lambda data: data["components"]["head"].update(
-            files=dataclasses.asdict(Component("", record_files(scratch, [scratch / "head.npz"])))["files"]))
+        edit(scratch, lambda data: head(data).update(
+            files=dataclasses.asdict(Form("", record_files(scratch, [scratch / "head.npz"])))["files"]))
     assert Bundle.open(tmp_path / "other").digest != first
 
 
@@ -108,8 +120,8 @@ def test_a_huge_bundle_json_is_refused_unread(folder):
 
 
 def test_another_format_version_is_named(folder):
-    edit(folder, lambda data: data.update(format=2))
-    assert refusal(folder) == "bundle.json has format 2, expected 1; rebuild the bundle with this version"
+    edit(folder, lambda data: data.update(format=1))
+    assert refusal(folder) == "bundle.json has format 1, expected 2; rebuild the bundle with this version"
 
 
 def test_a_missing_file_is_named(folder):
@@ -129,16 +141,16 @@ def test_an_altered_file_of_the_same_size_is_named(folder):
 
 @pytest.mark.parametrize("path", ["../head.npz", "/etc/passwd", "a/../../b", "c:\\x", "..\\x", "", "."])
 def test_a_path_that_leaves_the_bundle_is_refused(folder, path):
-    edit(folder, lambda data: data["components"]["head"].update(path=path))
+    edit(folder, lambda data: head(data).update(path=path))
     assert "bundle.json" in refusal(folder)
-    edit(folder, lambda data: data["components"]["head"].update(path="head.npz"))
-    edit(folder, lambda data: data["components"]["head"]["files"].update({path: {"sha256": "", "size": 0}}))
+    edit(folder, lambda data: head(data).update(path="head.npz"))
+    edit(folder, lambda data: head(data)["files"].update({path: {"sha256": "", "size": 0}}))
     assert "stay inside" in refusal(folder)
 
 
 def test_a_path_that_no_record_covers_is_refused(folder):
-    edit(folder, lambda data: data["components"]["head"].update(path="weights.bin"))
-    assert "components.head.path is weights.bin" in refusal(folder)
+    edit(folder, lambda data: head(data).update(path="weights.bin"))
+    assert "components.head.forms.data.path is weights.bin" in refusal(folder)
 
 
 def test_a_component_may_be_a_folder(tmp_path):
@@ -146,10 +158,11 @@ def test_a_component_may_be_a_folder(tmp_path):
         package = scratch / "unet.mlpackage" / "Data"
         package.mkdir(parents=True)
         (package / "weight.bin").touch()
-        data = Component("unet.mlpackage", record_files(scratch, [package.parent]))
-        write_manifest(scratch, Manifest("test", NANO, Schedule(), {"data": data}))
+        part = data("unet.mlpackage", record_files(scratch, [package.parent]))
+        write_manifest(scratch, Manifest("test", NANO, Schedule(), {"part": part}))
     bundle = Bundle.open(tmp_path / "bundle")
-    assert list(bundle.component("data").files) == ["unet.mlpackage/Data/weight.bin"]
+    assert bundle.file("part").is_dir()
+    assert list(bundle.component("part").forms[DATA].files) == ["unet.mlpackage/Data/weight.bin"]
 
 
 @pytest.mark.parametrize("change", [
@@ -166,20 +179,48 @@ def test_a_component_may_be_a_folder(tmp_path):
     lambda data: data["schedule"].update(steps=4.5),
     lambda data: data["schedule"].update(sampler="ddim"),
     lambda data: data["schedule"].update(kind="lcm"),
-    lambda data: data["components"]["head"].update(parity={"psnr_db": "61.5"}),
-    lambda data: data["components"]["head"].update(parity={"psnr_db": True}),
+    lambda data: head(data).update(parity={"psnr_db": "61.5"}),
+    lambda data: head(data).update(parity={"psnr_db": True}),
     lambda data: data.update(components=[]),
     lambda data: data["components"].update(head=None),
-    lambda data: data["components"]["head"].pop("files"),
-    lambda data: data["components"]["head"]["files"].update({"head.npz": "abc"}),
-    lambda data: data["components"]["head"]["files"]["head.npz"].update(size="8"),
+    lambda data: data["components"]["head"].update(forms=[]),
+    lambda data: head(data).pop("files"),
+    lambda data: head(data)["files"].update({"head.npz": "abc"}),
+    lambda data: head(data)["files"]["head.npz"].update(size="8"),
     lambda data: data["components"]["preview_decoder"]["inputs"][0].update(shape=[1, None]),
     lambda data: data["components"]["head"].update(inputs=[{"name": "x", "shape": [1], "dtype": "float32"}]),
-    lambda data: data["components"]["weights"]["files"]["weights.bin"].update(sha256="0" * 64),
+    lambda data: data["components"]["weights"]["forms"]["data"]["files"]["weights.bin"].update(sha256="0" * 64),
 ])
 def test_a_malformed_manifest_is_refused_in_one_line(folder, change):
     edit(folder, change)
     assert "bundle.json" in refusal(folder)
+
+
+@pytest.mark.parametrize(("component", "change", "match"), [
+    ("head", lambda forms: forms.clear(), "components.head.forms are nothing, expected some of onnx, openvino"),
+    ("head", lambda forms: forms.update(tflite=forms.pop("data")), "head.forms are tflite, expected some of onnx"),
+    ("head", lambda forms: forms.update(onnx=forms["data"]), "forms are data, onnx, expected .* or data alone"),
+    ("head", lambda forms: forms.update(onnx=forms.pop("data")), "head is an unknown graph, known are .*denoiser"),
+    ("preview_decoder", lambda forms: (forms.update(data=forms.pop("onnx")), forms.pop("openvino")),
+     "preview_decoder is data, expected a graph"),
+])
+def test_a_component_is_a_graph_in_known_formats_or_data(folder, component, change, match):
+    edit(folder, lambda data: change(data["components"][component]["forms"]))
+    message = refusal(folder)
+    assert re.search(match, message), message
+
+
+def test_asking_for_a_form_that_is_not_there_names_those_that_are(folder):
+    with pytest.raises(BundleError, match="preview_decoder of .* is stored as onnx and openvino, expected coreml;"):
+        Bundle.open(folder).file("preview_decoder", "coreml")
+    with pytest.raises(BundleError, match="is stored as onnx and openvino, expected data"):
+        Bundle.open(folder).file("preview_decoder")
+
+
+def test_the_first_format_that_is_there_is_taken(folder):
+    bundle = Bundle.open(folder)
+    assert bundle.form("preview_decoder", ("coreml", "openvino", "onnx")).path == "preview_decoder/model.xml"
+    assert bundle.form("preview_decoder", ("onnx", "openvino")).path == "preview_decoder/model.onnx"
 
 
 @pytest.mark.parametrize(("change", "match"), [

@@ -1,11 +1,13 @@
-"""The user's cache folder and the hashes kept there."""
+"""The user's cache folder, the hashes and the compiled models kept there."""
 import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
+from caphuman_edge.runtime import compiled
 from caphuman_edge.runtime.cache import cache_dir, platform_cache, sha256_of
+from caphuman_edge.runtime.compiled import compiled_entry, used_bytes
 from caphuman_edge.runtime.errors import BadInput
 
 
@@ -76,3 +78,113 @@ def test_a_cache_that_cannot_be_written_is_announced_and_does_no_harm(tmp_path, 
     monkeypatch.setenv("CAPHUMAN_CACHE", str(file / "inside"))
     with pytest.warns(UserWarning, match="hashes cannot be remembered"):
         assert sha256_of([file])[file] == hashlib.sha256(b"one").hexdigest()
+
+
+def compile_graph(graph: Path, label: str = "vino-1", settings: object = None, size: int = 1000) -> bool:
+    """Compile as a backend would; whether there was something to do."""
+    with compiled_entry(label, graph, settings) as folder:
+        if any(folder.iterdir()):
+            return False
+        (folder / "blob").write_bytes(graph.read_bytes()[:1] * size)
+        return True
+
+
+@pytest.fixture
+def graph(tmp_path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights.bin").write_bytes(b"w")
+    (tmp_path / "model" / "graph.onnx").write_bytes(b"graph")
+    return tmp_path / "model" / "graph.onnx"
+
+
+def entries() -> list[Path]:
+    return sorted((cache_dir() / "compiled").iterdir())
+
+
+def test_a_graph_is_compiled_once(graph):
+    assert compile_graph(graph) and not compile_graph(graph)
+    (entry,) = entries()
+    assert entry.name.startswith("vino-1-") and (entry / "blob").exists()
+    assert used_bytes() > 1000
+
+
+def test_another_version_device_setting_graph_or_weight_is_compiled_anew(graph):
+    assert compile_graph(graph)
+    assert compile_graph(graph, label="vino-2") and compile_graph(graph, settings={"threads": 2})
+    graph.write_bytes(b"another graph")
+    assert compile_graph(graph)
+    (graph.parent / "weights.bin").write_bytes(b"other weights")
+    assert compile_graph(graph) and not compile_graph(graph)
+    assert len(entries()) == 5
+
+
+def test_a_graph_that_is_a_folder_is_told_by_what_is_in_it(graph):
+    package = graph.parent
+    assert compile_folder(package) and not compile_folder(package)
+    (package / "weights.bin").write_bytes(b"other weights")
+    assert compile_folder(package)
+
+
+def compile_folder(package: Path) -> bool:
+    with compiled_entry("core-1", package, None) as folder:
+        new = not (folder / "compiled").exists()
+        (folder / "compiled").mkdir(exist_ok=True)
+        (folder / "compiled" / "net").write_bytes(b"net")
+        return new
+
+
+@pytest.mark.parametrize("damage", [
+    lambda entry: (entry / "blob").write_bytes(b"x" * 1000),
+    lambda entry: os.truncate(entry / "blob", 10),
+    lambda entry: (entry / "blob").unlink(),
+    lambda entry: (entry / "more").touch(),
+    lambda entry: (entry / "sha256.json").unlink(),
+    lambda entry: (entry / "sha256.json").write_text("{"),
+])
+def test_a_damaged_entry_is_compiled_anew(graph, damage):
+    compile_graph(graph)
+    damage(entries()[0])
+    assert compile_graph(graph) and not compile_graph(graph)
+    assert (entries()[0] / "blob").read_bytes() == b"g" * 1000
+
+
+def test_what_was_not_used_for_the_longest_time_makes_room(graph, monkeypatch):
+    monkeypatch.setattr(compiled, "MAX_BYTES", 2600)
+    for age, settings in enumerate("abc"):  # a is the oldest
+        compile_graph(graph, settings=settings)
+        for entry in entries():
+            os.utime(entry, (1000 + age, 1000 + age)) if entry.stat().st_mtime > 2000 else None
+        if settings == "b":
+            assert not compile_graph(graph, settings="a")  # now b is
+    assert not compile_graph(graph, settings="a") and not compile_graph(graph, settings="c")
+    assert compile_graph(graph, settings="b")
+    assert used_bytes() <= 2600
+
+
+def test_an_entry_larger_than_the_bound_is_kept_while_it_is_the_newest(graph, monkeypatch):
+    monkeypatch.setattr(compiled, "MAX_BYTES", 10)
+    assert compile_graph(graph) and not compile_graph(graph)
+    compile_graph(graph, label="vino-2")
+    assert [entry.name[:6] for entry in entries()] == ["vino-2"]
+
+
+def test_a_compilation_that_fails_leaves_nothing(graph):
+    with pytest.raises(RuntimeError), compiled_entry("vino-1", graph, None) as folder:
+        (folder / "blob").touch()
+        raise RuntimeError
+    assert entries() == []
+
+
+def test_two_that_compile_at_once_do_not_touch_each_other(graph):
+    with compiled_entry("vino-1", graph, None) as first:
+        (first / "blob").write_bytes(b"1")
+        assert compile_graph(graph)
+        (first / "blob").write_bytes(b"12")
+    assert len(entries()) == 1 and not compile_graph(graph)
+
+
+def test_without_a_place_for_it_a_graph_is_compiled_each_time(graph, monkeypatch):
+    monkeypatch.setenv("CAPHUMAN_CACHE", str(graph / "inside"))
+    with pytest.warns(UserWarning, match="compiled models cannot be kept"), \
+            compiled_entry("vino-1", graph, None) as folder:
+        assert folder is None

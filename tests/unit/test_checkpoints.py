@@ -1,8 +1,8 @@
 """Checkpoints load safely and strictly: what does not fit is named."""
-import dataclasses
 import os
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from caphuman_edge.ref.caphuman import CapHuman
-from caphuman_edge.ref.checkpoints import load_official, load_strictly, prefixed, read_checkpoint
-from caphuman_edge.runtime.contract import NANO, TextConfig, UNetConfig, VaeConfig, VisionConfig
+from caphuman_edge.ref.checkpoints import (
+    load_strictly,
+    read_checkpoint,
+    refuse_damaged_archive,
+)
 from caphuman_edge.runtime.errors import CheckpointError
-
-SMALL = dataclasses.replace(
-    NANO, unet=UNetConfig(model_channels=8, channel_mult=(1, 1, 1, 1), num_heads=2, norm_groups=4, context_width=16,
-                          hint_widths=(4, 4, 4, 4)),
-    text=TextConfig(width=16, layers=1, heads=2, vocabulary=64),
-    vision=VisionConfig(width=16, layers=1, heads=2, image_size=24, patch_size=12),
-    vae=VaeConfig(channels=8, channel_mult=(1, 1, 1, 1), num_res_blocks=1, norm_groups=4))
 
 
 class RunsCode:
@@ -79,6 +74,58 @@ def test_training_classes_beside_the_weights_are_passed_over(tmp_path, linear, m
     path = saved(tmp_path / "a.ckpt", content)
     monkeypatch.undo()
     assert read_checkpoint(path).keys() == {"weight", "bias"}
+
+
+def test_a_safetensors_file_is_known_by_its_beginning(tmp_path, linear):
+    save_file(linear.state_dict(), tmp_path / "a.ckpt")
+    assert torch.equal(read_checkpoint(tmp_path / "a.ckpt")["weight"], linear.weight)
+
+
+def test_float32_safetensors_and_zips_are_not_copied_into_memory(tmp_path, linear):
+    save_file(linear.state_dict(), tmp_path / "a.safetensors")
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux tells what is mapped")
+    for path in (tmp_path / "a.safetensors", saved(tmp_path / "a.ckpt", linear.state_dict())):
+        weights = read_checkpoint(path)
+        spans = [line.split()[0].split("-") for line in maps.read_text().splitlines() if line.endswith(str(path))]
+        assert any(int(start, 16) <= weights["weight"].data_ptr() < int(end, 16) for start, end in spans)
+
+
+def test_assigned_weights_are_the_very_tensors_and_make_a_meta_module_real():
+    with torch.device("meta"):
+        module = nn.Linear(3, 2)
+    weights = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+    load_strictly(module, weights, "a.pt", assign=True)
+    assert module.weight.data_ptr() == weights["weight"].data_ptr()
+    assert not module.bias.is_meta
+
+
+def test_weights_that_are_not_assigned_are_copies(linear):
+    weights = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+    load_strictly(linear, weights, "a.pt")
+    assert linear.weight.data_ptr() != weights["weight"].data_ptr()
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_archives_of_torch_itself_hold_their_checksums(tmp_path, linear, computed):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(computed)
+    try:
+        path = saved(tmp_path / "a.ckpt", linear.state_dict())
+    finally:
+        torch.serialization.set_crc32_options(before)
+    refuse_damaged_archive(path)
+
+
+def test_a_changed_byte_in_an_archive_is_told(tmp_path, linear):
+    path = saved(tmp_path / "a.ckpt", linear.state_dict())
+    data = bytearray(path.read_bytes())
+    place = data.find(linear.weight.detach().numpy().tobytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"is damaged: the checksum of .*data/\d+ does not hold"):
+        refuse_damaged_archive(path)
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.ckpt", "a.safetensors"])
@@ -158,25 +205,3 @@ def test_a_refused_load_changes_nothing(linear):
 def test_schedule_buffers_and_training_state_may_be_there(linear, leftover):
     load_strictly(linear, {"weight": torch.ones(2, 3), "bias": torch.ones(2), leftover: torch.ones(1)}, "a.pt")
     assert linear.weight.eq(1).all()
-
-
-def test_later_official_files_override_earlier_ones(tmp_path):
-    weights = {name: torch.zeros_like(tensor) for name, tensor in CapHuman(SMALL, pose_net=True).state_dict().items()}
-    pose_net = {name: tensor for name, tensor in weights.items() if name.startswith("pose_control_model.")}
-    whole = saved(tmp_path / "caphuman.ckpt", {"state_dict": {n: t for n, t in weights.items() if n not in pose_net}})
-    sd = saved(tmp_path / "sd.ckpt", {"state_dict": _filled(weights, ("model.", "first_stage_model."), 1)})
-    vae = saved(tmp_path / "vae.ckpt", _filled(_inner(weights, "first_stage_model."), ("",), 2))
-    pose = saved(tmp_path / "pose.pth", prefixed(_filled(_inner(weights, "pose_control_model."), ("",), 3),
-                                                 "control_model."))
-    model = CapHuman(SMALL, pose_net=True)
-    load_official(model, whole, sd, vae, pose)
-    parts = (model.control_model, model.unet, model.first_stage_model, model.pose_control_model)
-    assert [next(part.parameters()).unique().tolist() for part in parts] == [[0], [1], [2], [3]]
-
-
-def _inner(weights, prefix):
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-
-
-def _filled(weights, prefixes, value):
-    return {name: torch.full_like(tensor, value) for name, tensor in weights.items() if name.startswith(prefixes)}

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from caphuman_edge.runtime import Bundle, Pipeline
-from caphuman_edge.runtime.errors import BadInput
+from caphuman_edge.runtime.backends import Graph
+from caphuman_edge.runtime.contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS, TensorSpec, graphs
+from caphuman_edge.runtime.errors import BadInput, BundleError
 from caphuman_edge.runtime.head import HeadCode
-from caphuman_edge.runtime.perceive import Subject
-from caphuman_edge.runtime.perception import FaceLandmarks
+from caphuman_edge.runtime.machine import Machine, row_by_row
 from caphuman_edge.runtime.schedule import alphas_cumprod
 
 
@@ -21,13 +22,8 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def subject(pipe):
-    """Somebody who was never photographed: the mean head, with features drawn at random."""
-    rng, size = np.random.default_rng(0), pipe.bundle.config.vision.image_size
-    face = FaceLandmarks(np.zeros((478, 3), np.float32), 1.0, np.zeros(52, np.float32))
-    identity = rng.normal(size=pipe.bundle.config.identity_width).astype(np.float32)
-    return Subject(np.zeros((64, 64, 3), np.uint8), face, HeadCode.neutral(pipe.head_model.layout),
-                   identity / np.linalg.norm(identity), rng.normal(size=(3, size, size)).astype(np.float32))
+def subject(pipe, stranger):
+    return stranger(pipe)
 
 
 @pytest.fixture
@@ -147,3 +143,97 @@ def test_leaving_the_pipeline_frees_its_renderer(monkeypatch):
 def test_settings_out_of_range_are_named_with_their_range(pipe, subject, name, value):
     with pytest.raises(BadInput, match=str(value)):
         next(pipe.generate(subject, **{name: value}))
+
+
+def stored_as(bundle, format, *names):
+    """The bundle with these graphs in another format alone, of which nothing is there to load."""
+    components = {name: dataclasses.replace(part, forms={format: part.forms["onnx"]}) if name in names else part
+                  for name, part in bundle.manifest.components.items()}
+    return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, components=components))
+
+
+def without(bundle, *names):
+    components = {name: part for name, part in bundle.manifest.components.items() if name not in names}
+    return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, components=components))
+
+
+def test_the_split_denoiser_draws_the_same_portrait(pipe, subject):
+    split = Pipeline(without(pipe.bundle, "denoiser"), renderer="numpy")
+    assert (pipe.denoiser, split.denoiser) == (("denoiser",), ("capface", "unet"))
+    one, other = (draw(it, subject, strength=0.7, tau=501)[-1].latent for it in (pipe, split))
+    np.testing.assert_allclose(one, other, atol=1e-4)
+    assert "denoiser" not in split._graphs
+
+
+def test_without_any_denoiser_nothing_is_measured_first(pipe):
+    with pytest.raises(BundleError, match=r"holds capface \(onnx\), expected .* which backend ort reads"):
+        Pipeline(without(pipe.bundle, "denoiser", "unet"), renderer="numpy").settings()
+
+
+def test_an_unknown_backend_is_refused_when_the_pipeline_is_made():
+    with pytest.raises(BadInput, match="'tpu' is unknown"):
+        Pipeline(Bundle.open(), "tpu", renderer="numpy")
+    with pytest.raises(BadInput, match="no device npu here; choose cpu"):
+        Pipeline(Bundle.open(), renderer="numpy", device="npu")
+
+
+def test_another_backend_leaves_what_is_stored_as_onnx_alone_to_ort(pipe):
+    """As in a bundle for Core ML: all that makes the portrait has a form of its own, what measures photos has none."""
+    drawn = [name for name, part in pipe.bundle.manifest.components.items() if part.inputs
+             and name not in PERCEPTION_GRAPHS + OFFICIAL_GRAPHS]
+    bundle, machine = stored_as(pipe.bundle, "coreml", *drawn), Machine("coreml")
+    assert {machine.runner(bundle, name) for name in PERCEPTION_GRAPHS} == {"ort"}
+    assert {machine.runner(bundle, name) for name in drawn} == {"coreml"}
+    assert machine.load(bundle, "face_detector")  # runs here, although Core ML does not
+
+
+def test_what_runs_at_each_step_is_never_handed_to_another_backend(pipe):
+    with pytest.raises(BundleError, match=r"denoiser \(onnx\), .* unet as coreml, which backend coreml reads; choose"):
+        Machine("coreml").denoiser(pipe.bundle)
+    with pytest.raises(BundleError, match="unet of .* is stored as onnx, expected coreml"):
+        Machine("coreml").runner(pipe.bundle, "unet")
+
+
+def test_core_ml_takes_the_split_form_where_the_fused_one_is_not_stored_for_it(pipe):
+    assert Machine("coreml").denoiser(stored_as(pipe.bundle, "coreml", "capface", "unet")) == ("capface", "unet")
+
+
+def test_a_graph_that_draws_is_not_handed_to_ort_without_a_word(pipe):
+    bundle = stored_as(pipe.bundle, "coreml", "capface", "unet")
+    with pytest.warns(UserWarning, match="text_encoder is not stored for backend coreml: ort runs it"):
+        Machine("coreml").load(bundle, "text_encoder")
+
+
+@pytest.mark.parametrize(("name", "given"), [("hint_encoder", ("cpu", "f32")), ("vae_decoder", ("gpu", "f16"))])
+def test_gates_are_thresholds_and_computed_exactly_whatever_is_asked_for(pipe, monkeypatch, name, given):
+    asked = []
+
+    def load(self, name, backend, *, device, threads, cache_dir, precision):
+        asked.append((device, precision))
+        return Graph(name, *(getattr(graphs(self.config)[name], side) for side in ("inputs", "outputs")), dict)
+
+    monkeypatch.setattr(Bundle, "graph", load)
+    Machine("openvino", device="gpu", precision="f16").load(pipe.bundle, name)
+    assert asked == [given]
+
+
+def test_a_graph_for_one_row_takes_any_number_in_turn(pipe):
+    text = graphs(pipe.bundle.config)["text_encoder"]
+    one_row = [tuple(TensorSpec(spec.name, (1, *spec.shape[1:]), spec.dtype) for spec in side)
+               for side in (text.inputs, text.outputs)]
+    counts = []
+
+    def run(arrays):
+        counts.append(len(arrays["input_ids"]))
+        return {"last_hidden_state": np.repeat(arrays["input_ids"][..., None], 64, axis=2).astype(np.float32)}
+
+    ids = np.arange(3 * 77).reshape(3, 77)
+    tokens = row_by_row(Graph("text", *one_row, run), text)({"input_ids": ids})["last_hidden_state"]
+    assert counts == [1, 1, 1] and tokens.shape == (3, 77, 64)
+    np.testing.assert_array_equal(tokens[..., 5], ids)
+
+
+def test_a_graph_for_any_number_of_rows_is_called_once(pipe):
+    text = graphs(pipe.bundle.config)["text_encoder"]
+    graph = Graph("text", text.inputs, text.outputs, dict)
+    assert row_by_row(graph, text) is graph

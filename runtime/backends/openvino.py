@@ -1,0 +1,136 @@
+"""OpenVINO: Intel's CPUs, GPUs and NPUs, and other CPUs. Reads its own format and ONNX."""
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openvino
+
+from ..compiled import compiled_entry
+from ..contract import TensorSpec
+from ..errors import BundleError
+from . import ANY_DEVICE, Arrays, Graph, check_choice, check_threads, chosen_device
+
+NAME = "openvino"
+FORMATS = ("openvino", "onnx")
+DTYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "i64": "int64", "i32": "int32", "u8": "uint8",
+          "i8": "int8", "boolean": "bool"}
+PRECISIONS = {"FP32": "f32", "BF16": "bf16", "FP16": "f16"}  # as OpenVINO's devices name what they compute in
+FIXED_LENGTHS = ("NPU",)  # devices that compile for definite lengths alone
+AUTO = "AUTO"  # OpenVINO's own choice among the devices
+NOISE = ("Exception from ", "Check '")  # how lines of its messages begin that tell a user nothing
+
+
+def devices() -> tuple[str, ...]:
+    """The devices of this machine, such as "cpu", "gpu", "gpu.1", "npu", the CPU first; and "auto", "all"."""
+    found = sorted(name.lower() for name in _core().available_devices)
+    names = [name for full in found for name in (full.removesuffix(".0"), full)]  # of several GPUs, GPU is GPU.0
+    return (*dict.fromkeys(names), *ANY_DEVICE)
+
+
+def load(
+    path: Path, *, device: str | None = None, threads: int | None = None, cache_dir: Path | None = None,
+    precision: str | None = None,
+) -> Graph:
+    """Load an .xml file with its .bin, or an .onnx file with its external data; compiled models are kept on disk.
+
+    `precision` None is f32, as ONNX Runtime computes, where the device can: left alone, OpenVINO takes bfloat16 on
+    processors with AMX, float16 on GPUs, and rounds activations to 8 bits where weights have 8. An NPU knows float16
+    alone. Raises BundleError for a file that it cannot load, BadInput for settings that this machine does not have.
+    """
+    if not path.is_file():
+        raise BundleError(f"{path} is missing; rebuild the bundle")
+    chosen = chosen_device(NAME, device, devices())
+    place = AUTO if chosen in ANY_DEVICE else chosen.upper()
+    config = _config(place, precision, threads)
+    try:
+        model = _core().read_model(path) if place.startswith(FIXED_LENGTHS) else None
+        if model and model.is_dynamic():
+            return _graph(path, model, _for_each_shape(path, place, config, cache_dir))
+        compiled = _compiled(path, path, place, config, cache_dir)
+        return _graph(path, compiled, _runner(path, compiled))
+    except RuntimeError as error:
+        raise BundleError(f"{path} cannot be loaded for {place} ({_line(error)}); rebuild the bundle, "
+                          "or choose another device") from error
+
+
+@functools.cache
+def _core() -> openvino.Core:
+    return openvino.Core()
+
+
+def _config(place: str, precision: str | None, threads: int | None) -> dict[str, Any]:
+    """OpenVINO's properties for a device."""
+    able = [PRECISIONS[name] for name in _core().get_property(place, "OPTIMIZATION_CAPABILITIES") if name in PRECISIONS]
+    check_choice(NAME, "precision", precision, tuple(able))
+    check_threads(threads)
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if precision or "f32" in able:
+        config["INFERENCE_PRECISION_HINT"] = precision or "f32"
+    if config.get("INFERENCE_PRECISION_HINT") == "f32":
+        config["EXECUTION_MODE_HINT"] = "ACCURACY"  # or activations are rounded where weights have 8 bits
+    if threads is not None and place in ("CPU", AUTO):  # the others keep no core busy
+        config["INFERENCE_NUM_THREADS"] = threads
+    return config
+
+
+def _compiled(path: Path, model: Path | openvino.Model, place: str, config: dict[str, Any],
+              cache_dir: Path | None) -> openvino.CompiledModel:
+    """Compile a graph, or take it from the cache; OpenVINO keeps it under a name of its own in our folder."""
+    label = f"openvino-{openvino.get_version().split('-')[0]}-{place}"
+    hardware = _core().get_property(place, "FULL_DEVICE_NAME")
+    with compiled_entry(label, path, [hardware, openvino.get_version(), config], cache_dir) as folder:
+        return _core().compile_model(model, place, config if folder is None else {**config, "CACHE_DIR": str(folder)})
+
+
+def _graph(path: Path, model: openvino.Model | openvino.CompiledModel, run: Callable[[Arrays], Arrays]) -> Graph:
+    return Graph(str(path), tuple(_specs(model.inputs)), tuple(_specs(model.outputs)), run)
+
+
+def _runner(path: Path, compiled: openvino.CompiledModel) -> Callable[[Arrays], Arrays]:
+    names = [_name(port) for port in compiled.outputs]
+
+    def run(arrays: Arrays) -> Arrays:
+        try:
+            return dict(zip(names, compiled(arrays).values(), strict=True))
+        except RuntimeError as error:
+            raise BundleError(f"{path} failed to run ({_line(error)}); free memory, or rebuild the bundle") from error
+
+    return run
+
+
+def _for_each_shape(path: Path, place: str, config: dict[str, Any],
+                    cache_dir: Path | None) -> Callable[[Arrays], Arrays]:
+    """Compiles when first called with some shapes, for these; in the cache they share an entry."""
+    runners: dict[tuple[tuple[str, tuple[int, ...]], ...], Callable[[Arrays], Arrays]] = {}
+
+    def run(arrays: Arrays) -> Arrays:
+        shapes = tuple(sorted((name, array.shape) for name, array in arrays.items()))
+        if shapes not in runners:
+            model = _core().read_model(path)
+            model.reshape(dict(shapes))
+            runners[shapes] = _runner(path, _compiled(path, model, place, config, cache_dir))
+        return runners[shapes](arrays)
+
+    return run
+
+
+def _specs(ports: Iterable[Any]) -> Iterator[TensorSpec]:
+    """Names, shapes and dtypes; an unknown length, which has no name here, gets one of its own."""
+    for port in ports:
+        name, kind = _name(port), port.get_element_type().get_type_name()
+        lengths = tuple(f"{name}.{axis}" if n.is_dynamic else n.get_length() for axis, n in
+                        enumerate(port.get_partial_shape()))
+        yield TensorSpec(name, lengths, DTYPES.get(kind, kind))
+
+
+def _name(port: Any) -> str:
+    """The tensor's name in the file: where OpenVINO merged several tensors, that of the node, not of what it eats."""
+    node = port.get_node().get_friendly_name().split("/sink_port_")[0]
+    return node if node in port.get_names() else port.get_any_name()
+
+
+def _line(error: Exception) -> str:
+    """What OpenVINO says, without where in its sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(NOISE)]
+    return (" ".join(lines) or type(error).__name__)[:300]
