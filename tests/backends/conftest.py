@@ -1,4 +1,5 @@
 """A model as small as 13 residuals allow, to be exported."""
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -32,3 +33,11 @@ def micro():
     preview = PreviewDecoder(torch.randn(3, 4, 1, 1).half().float(), torch.zeros(3)).requires_grad_(False)
     return SimpleNamespace(config=MICRO, specs=graphs(MICRO), model=model, preview=preview,
                            modules=modules(model, preview))
+
+
+@pytest.fixture(scope="module")
+def quick_collections():
+    """coremltools collects garbage at every conversion: keep what is imported out of it."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -1,69 +1,43 @@
 """The MIL evaluator: whole graphs against the reference, and its arithmetic in halves and whole numbers."""
 import dataclasses
 import functools
-import gc
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from caphuman_edge.export.graphs import PreviewDecoder, example_inputs, modules
+from caphuman_edge.export.graphs import example_inputs, modules
 from caphuman_edge.export.mil import load_program
 from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.runtime.contract import (
-    NANO,
-    Config,
     TensorSpec,
-    TextConfig,
-    UNetConfig,
-    VaeConfig,
-    VisionConfig,
     graphs,
 )
 from caphuman_edge.runtime.errors import ShapeMismatch
 from caphuman_edge.runtime.selftest import psnr_db
 
 ct = pytest.importorskip("coremltools")
+pytestmark = pytest.mark.usefixtures("quick_collections")
 mb, types = ct.converters.mil.Builder, ct.converters.mil.mil.types
 
-MICRO = Config(  # as small as 13 residuals allow
-    height=64, width=64, identity_width=NANO.identity_width, identity_size=NANO.identity_size,
-    unet=UNetConfig(model_channels=8, channel_mult=(1, 1, 2, 2), attention_levels=(2,), num_heads=1, norm_groups=4,
-                    context_width=8, hint_widths=(4, 4, 4, 8), prediction="v"),
-    text=TextConfig(width=8, layers=1, heads=1),
-    vision=VisionConfig(width=8, layers=1, heads=1, image_size=24, patch_size=12),
-    vae=VaeConfig(channels=8, channel_mult=(1, 1, 1, 1), num_res_blocks=1, norm_groups=4))
 X = np.array([[0.5, -1.25, 3, 300]], np.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Every conversion collects garbage: keep what is imported out of it."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+@pytest.fixture(scope="module")
+def exported(micro):
+    """`exported(graph, prediction)`: its module, its contract and torch's export of it, at batch 1."""
 
+    @functools.cache
+    def export(name, prediction):
+        config = dataclasses.replace(micro.config, unet=dataclasses.replace(micro.config.unet, prediction=prediction))
+        model = CapHuman(config).eval().requires_grad_(False)
+        model.load_state_dict(micro.model.state_dict())
+        module, spec = modules(model, micro.preview)[name], graphs(config)[name]
+        inputs = example_inputs(spec.inputs, seed=0, batch=1)
+        return module, spec, torch.export.export(module, tuple(inputs.values())).run_decompositions({})
 
-def reference(prediction="v"):
-    """The graphs of a small model whose weights are halves and keep variance."""
-    torch.manual_seed(0)
-    config = dataclasses.replace(MICRO, unet=dataclasses.replace(MICRO.unet, prediction=prediction))
-    model = CapHuman(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 10
-        parameter.copy_((torch.randn_like(parameter) / fan_in**0.5).half())
-    preview = PreviewDecoder(torch.randn(3, 4, 1, 1).half().float(), torch.zeros(3))
-    return modules(model, preview.requires_grad_(False)), graphs(config)
-
-
-@functools.cache
-def exported(name, prediction):
-    """A graph's module, its contract and torch's export of it, at batch 1."""
-    parts, specs = reference(prediction)
-    inputs = example_inputs(specs[name].inputs, seed=0, batch=1)
-    program = torch.export.export(parts[name].eval(), tuple(inputs.values())).run_decompositions({})
-    return parts[name], specs[name], program
+    return export
 
 
 def converted(program, spec, precision, pipeline):
@@ -94,7 +68,7 @@ GRAPHS = [*((name, precision, "v") for name in SMALL for precision in ("FLOAT32"
 
 
 @pytest.mark.parametrize("name, precision, prediction", GRAPHS)
-def test_graph_computes_what_the_reference_does(tmp_path, name, precision, prediction):
+def test_graph_computes_what_the_reference_does(exported, tmp_path, name, precision, prediction):
     module, spec, program = exported(name, prediction)
     pipeline = ct.PassPipeline.DEFAULT if name in SMALL else few_passes(precision)
     converted(program, spec, precision, pipeline).save(str(tmp_path / "graph.mlpackage"))

@@ -2,7 +2,6 @@
 
 Every case is a program of that op, saved as a package by coremltools without any optimisation, and read back.
 """
-import gc
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from caphuman_edge.export.mil import load_program
 
 ct = pytest.importorskip("coremltools")
+pytestmark = pytest.mark.usefixtures("quick_collections")
 mb, types = ct.converters.mil.Builder, ct.converters.mil.mil.types
 
 RNG = np.random.default_rng(0)
@@ -220,14 +220,6 @@ def folded(case: Case) -> np.ndarray | None:
     """What coremltools itself computes where all inputs are constants; None where it does not."""
     with ct.converters.mil.mil.Function({}, opset_version=getattr(ct.target, case.target)):
         return case.build(**{name: value.copy() for name, value in zip("xy", case.inputs, strict=False)}).val
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Every conversion collects garbage: keep what is imported out of it."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize("case", ALL, ids=[f"{case.op}-{k}" for k, case in enumerate(ALL)])

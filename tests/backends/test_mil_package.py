@@ -1,5 +1,4 @@
 """Packages that are damaged, foreign or not to be trusted, and inputs that do not fit: each is one clear error."""
-import gc
 import importlib
 import json
 import shutil
@@ -11,19 +10,12 @@ from caphuman_edge.export.mil import load_program
 from caphuman_edge.runtime.errors import BundleError, ShapeMismatch
 
 ct = pytest.importorskip("coremltools")
+pytestmark = pytest.mark.usefixtures("quick_collections")
 mb = ct.converters.mil.Builder
 Model = importlib.import_module("coremltools.proto.Model_pb2").Model
 MIL = importlib.import_module("coremltools.proto.MIL_pb2")
 
 X = np.array([[0.5, -1.25, 3, 300]], np.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Every conversion collects garbage: keep what is imported out of it."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def package(build, folder):

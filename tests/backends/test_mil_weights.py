@@ -1,5 +1,4 @@
 """Compressed weights of a package: the evaluator expands them as coremltools itself does."""
-import gc
 import importlib
 
 import numpy as np
@@ -10,6 +9,7 @@ from caphuman_edge.export.mil import load_program
 from caphuman_edge.export.mil_weights import TYPES, BlobFile, Constant, TensorType
 
 ct = pytest.importorskip("coremltools")
+pytestmark = pytest.mark.usefixtures("quick_collections")
 cto = importlib.import_module("coremltools.optimize.coreml")
 storage = importlib.import_module("coremltools.libmilstoragepython")
 mb, types = ct.converters.mil.Builder, ct.converters.mil.mil.types
@@ -18,14 +18,6 @@ RNG = np.random.default_rng(0)
 KERNEL = RNG.normal(size=(16, 8, 3, 3)).astype(np.float32)
 MATRIX = RNG.normal(size=(24, 64)).astype(np.float32)
 X = RNG.normal(size=(1, 8, 8, 8)).astype(np.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Every conversion collects garbage: keep what is imported out of it."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
