@@ -1,63 +1,61 @@
-"""`caphuman build`: official checkpoints to one verified bundle."""
+"""`caphuman build`, its flags. What it does is imported when it is called: that takes seconds, and --help need not."""
 import argparse
-import dataclasses
 import importlib.util
-import math
-import shutil
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from caphuman_edge.export.build_inputs import add_sources, config_of, gather, random_folder
-from caphuman_edge.export.builder import build
-from caphuman_edge.export.coreml_writer import MAC, PHONE
-from caphuman_edge.export.preview import preview_of
-from caphuman_edge.export.random_weights import official_shapes
-from caphuman_edge.export.stages import Options
-from caphuman_edge.runtime.backends import EXTRAS
-from caphuman_edge.runtime.bundle import Bundle, check_target
-from caphuman_edge.runtime.cli.inspect import facts, text
-from caphuman_edge.runtime.cli.report import add_json_flag, show
+from caphuman_edge.runtime.cli.report import add_json_flag
 from caphuman_edge.runtime.cli.values import number, whole
-from caphuman_edge.runtime.contract import Config
-from caphuman_edge.runtime.errors import BadInput, MissingExtra
+from caphuman_edge.runtime.head.library import OPEN
 from caphuman_edge.runtime.manifest import FORMATS
-from caphuman_edge.runtime.schedule import Schedule, timesteps
+from caphuman_edge.runtime.schedule import Schedule
 
+NEEDED = ("torch", "onnx_ir", "onnxscript", "safetensors")  # the export extra
 SIZES = range(256, 1025, 64)  # px
-PARAMETER_BYTES = {"onnx": 2, "openvino": 2, "coreml": 2, "ort": 4}  # on disk, with weights in halves
-RANDOM_BYTES = 8  # of random checkpoints in 32 bits, twice since backbone and autoencoder are files of their own, too
-SPARE_BYTES = 1 << 30  # for what is written beside the weights
 
 
 def add(subparsers: Any) -> None:
-    """Register the command."""
+    """Register the command. Raises ImportError where its extra is not installed."""
+    if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
+        raise ImportError(f"No module named {missing[0]!r}")
     parser = subparsers.add_parser("build", help="official checkpoints to a bundle for this device", description=(
         "Turns caphuman.ckpt, a Stable Diffusion 1.5 checkpoint and more into one bundle, and proves that each graph "
         "computes what the PyTorch reference computes. Stop it at any time: the same command goes on from there."))
-    add_sources(parser.add_argument_group("what it is made from"))
+    _add_sources(parser.add_argument_group("what it is made from"))
     _add_output(parser.add_argument_group("what is made"))
     add_json_flag(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Check what can be checked at once, then read, write, check and publish."""
-    options, schedule = _options(args), _schedule(args)
-    _check_extras(args.formats)
-    check_target(args.out, args.overwrite)
-    config = config_of(args)
-    _check_space(args.out, options, config, args.random_weights)
-    with _stoppable():
-        model, sources = gather(args, config, schedule, _say)
-        build(model, preview_of(model.first_stage_model), sources, args.out, options, _say)
-    shutil.rmtree(random_folder(args.out), ignore_errors=True)
-    show(facts(Bundle.open(args.out)), args.json, text)
-    return 0
+def _run(args: argparse.Namespace) -> int:
+    from caphuman_edge.export.build_run import run
+
+    return run(args)
+
+
+def _add_sources(group: argparse._ArgumentGroup) -> None:
+    """The flags that name what a bundle is made from."""
+    group.add_argument("--caphuman", type=Path, metavar="FILE", help="caphuman.ckpt")
+    group.add_argument("--backbone", type=Path, metavar="FILE", help="a Stable Diffusion 1.5 checkpoint of any style, "
+                       "or a diffusers folder; its UNet, text encoder and autoencoder take the place of caphuman's")
+    group.add_argument("--vae", type=Path, metavar="FILE", help="an autoencoder that takes the place of the backbone's")
+    group.add_argument("--lora", type=_lora, action="append", default=[], metavar="FILE[:SCALE]",
+                       help="a LoRA to fuse, kohya's or diffusers' format; may be given several times")
+    group.add_argument("--facenet", type=Path, metavar="FILE", help="FaceNet: 20180402-114759-vggface2.pt, or "
+                       "facenet_512.tflite")
+    group.add_argument("--deca", type=Path, metavar="FILE", help="deca_model.tar: heads as the official "
+                       "tool reads them")
+    group.add_argument("--parser", type=Path, metavar="FILE", help="BiSeNet: 79999_iter.pth")
+    group.add_argument("--mtcnn", type=Path, metavar="DIR", help="folder with pnet.pt, rnet.pt and onet.pt")
+    group.add_argument("--head", default=OPEN, metavar="NAME", help="a head that you added with `caphuman head add` "
+                       "(default: the open head)")
+    group.add_argument("--fetch", action="store_true", help="get what is not given from its official source, all but "
+                       "DECA and FLAME, which need a registration of your own")
+    group.add_argument("--accept-licences", action="store_true", help="of what --fetch gets; they are shown first")
+    group.add_argument("--downloads", type=Path, metavar="DIR", help="where --fetch keeps files (default: the cache)")
+    group.add_argument("--random-weights", choices=("full", "nano"), help="weights of the official names and shapes, "
+                       "drawn at random: for tests and benchmarks, such bundles draw noise")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of --random-weights")
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
@@ -82,61 +80,19 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
                        help="default of the bundle (default: %(default)g)")
 
 
-def _options(args: argparse.Namespace) -> Options:
-    if args.phone and "coreml" not in args.formats:
-        raise BadInput(f"--phone is about Core ML, but --format is {','.join(args.formats)}; add coreml to it")
-    coreml = dataclasses.replace(PHONE if args.phone else MAC, precision=args.precision)
-    return Options(args.formats, args.precision, args.denoiser != "split", args.denoiser != "fused", coreml)
-
-
-def _check_extras(formats: tuple[str, ...]) -> None:
-    for kind, package in EXTRAS.items():
-        if kind in formats and importlib.util.find_spec(package) is None:
-            raise MissingExtra(package, kind, f"format {kind}")
-
-
-def _schedule(args: argparse.Namespace) -> Schedule:
-    timesteps(args.steps)  # refuses what cannot be laid out
-    return Schedule(steps=args.steps, guidance=args.guidance)
-
-
-def _check_space(out: Path, options: Options, config: Config, random: bool) -> None:
-    """Raises BadInput where the disk is too full for the bundle; its parts become the bundle, so they count once."""
-    parameters = sum(math.prod(shape) for shape in official_shapes(config).values())
-    wide = 2 if options.storage == "f32" else 1
-    held = sum(PARAMETER_BYTES[kind] for kind in {*options.formats, "onnx"})  # which the others are made of
-    needed = parameters * (held * wide + (RANDOM_BYTES if random else 0)) + SPARE_BYTES
-    place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise BadInput(f"{place} has {free / 1e9:.1f} GB free, a build of {', '.join(options.formats)} takes about "
-                       f"{needed / 1e9:.1f} GB; free some or build elsewhere")
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """A polite kill is like Ctrl-C: scratch files go, finished parts stay."""
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    former = signal.signal(signal.SIGTERM, stop)
+def _lora(value: str) -> tuple[Path, float]:
+    """`FILE` or `FILE:SCALE`."""
+    name, colon, scale = value.rpartition(":")
     try:
-        yield
-    except KeyboardInterrupt:
-        _say("stopped; the same command goes on from here")
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, former)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+        return (Path(name), float(scale)) if colon else (Path(value), 1.0)
+    except ValueError:  # a colon of the path, such as Windows has
+        return Path(value), 1.0
 
 
 def _formats(value: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(value.split(",")))
     if unknown := [name for name in names if name not in FORMATS]:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown) or value!r} is no format, expected some of "
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown) or repr(value)} is no format, expected some of "
                                          f"{', '.join(FORMATS)}, with commas between")
     return names
 

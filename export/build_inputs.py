@@ -1,4 +1,4 @@
-"""The inputs of `caphuman build`: flags, and the model and sources that they stand for."""
+"""The inputs of `caphuman build`: the model and the sources that its flags stand for."""
 import argparse
 import dataclasses
 import shutil
@@ -17,37 +17,12 @@ from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.runtime.cache import cache_dir
 from caphuman_edge.runtime.contract import FULL, NANO, Config
 from caphuman_edge.runtime.errors import CheckpointError
-from caphuman_edge.runtime.head.library import OPEN, find_head
+from caphuman_edge.runtime.head.library import find_head
 from caphuman_edge.runtime.schedule import Schedule
 
 FETCHED = ("caphuman", "backbone", "facenet")
-RANDOM = {"nano": NANO, "full": FULL}
+RANDOM = {"nano": NANO, "full": FULL}  # the choices of --random-weights
 Report = Callable[[str], None]
-
-
-def add_sources(group: argparse._ArgumentGroup) -> None:
-    """The flags that name what a bundle is made from."""
-    group.add_argument("--caphuman", type=Path, metavar="FILE", help="caphuman.ckpt")
-    group.add_argument("--backbone", type=Path, metavar="FILE", help="a Stable Diffusion 1.5 checkpoint of any style, "
-                       "or a diffusers folder; its UNet, text encoder and autoencoder take the place of caphuman's")
-    group.add_argument("--vae", type=Path, metavar="FILE", help="an autoencoder that takes the place of the backbone's")
-    group.add_argument("--lora", type=_lora, action="append", default=[], metavar="FILE[:SCALE]",
-                       help="a LoRA to fuse, kohya's or diffusers' format; may be given several times")
-    group.add_argument("--facenet", type=Path, metavar="FILE", help="FaceNet: 20180402-114759-vggface2.pt, or "
-                       "facenet_512.tflite")
-    group.add_argument("--deca", type=Path, metavar="FILE", help="deca_model.tar: heads as the official "
-                       "tool reads them")
-    group.add_argument("--parser", type=Path, metavar="FILE", help="BiSeNet: 79999_iter.pth")
-    group.add_argument("--mtcnn", type=Path, metavar="DIR", help="folder with pnet.pt, rnet.pt and onet.pt")
-    group.add_argument("--head", default=OPEN, metavar="NAME", help="a head that you added with `caphuman head add` "
-                       "(default: the open head)")
-    group.add_argument("--fetch", action="store_true", help="get what is not given from its official source, all but "
-                       "DECA and FLAME, which need a registration of your own")
-    group.add_argument("--accept-licences", action="store_true", help="of what --fetch gets; they are shown first")
-    group.add_argument("--downloads", type=Path, metavar="DIR", help="where --fetch keeps files (default: the cache)")
-    group.add_argument("--random-weights", choices=sorted(RANDOM), help="weights of the official names and shapes, "
-                       "drawn at random: for tests and benchmarks, such bundles draw noise")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of --random-weights")
 
 
 def config_of(args: argparse.Namespace) -> Config:
@@ -100,7 +75,7 @@ def _weight_files(args: argparse.Namespace, fetched: Mapping[str, Path]) -> Weig
     caphuman, backbone = args.caphuman or fetched.get("caphuman"), args.backbone or fetched.get("backbone")
     if caphuman is None:
         raise CheckpointError("--caphuman is missing: name caphuman.ckpt, or add --fetch to get it from its authors")
-    return WeightFiles(caphuman, backbone, args.vae, loras=tuple(args.lora))
+    return WeightFiles(caphuman, backbone, args.vae, loras=tuple(Lora(path, scale) for path, scale in args.lora))
 
 
 def _network_files(args: argparse.Namespace, fetched: Mapping[str, Path]) -> dict[str, Path]:
@@ -118,15 +93,6 @@ def _network_files(args: argparse.Namespace, fetched: Mapping[str, Path]) -> dic
         raise CheckpointError("--facenet is missing: name FaceNet's file, 20180402-114759-vggface2.pt or "
                               "facenet_512.tflite, or add --fetch to get the former")
     return files
-
-
-def _lora(value: str) -> Lora:
-    """`FILE` or `FILE:SCALE`."""
-    name, colon, scale = value.rpartition(":")
-    try:
-        return Lora(Path(name), float(scale)) if colon else Lora(Path(value))
-    except ValueError:  # a colon of the path, such as Windows has
-        return Lora(Path(value))
 
 
 def _progress(file: OfficialFile, done: int, total: int | None) -> None:

@@ -12,7 +12,7 @@ from caphuman_edge import export, ref
 from caphuman_edge.export.assemble import copy_data, copy_perception, publish, write_selftest
 from caphuman_edge.export.graphs import PreviewDecoder, modules
 from caphuman_edge.export.parts import Parts
-from caphuman_edge.export.stages import Options, Stages, jobs
+from caphuman_edge.export.stages import TRACED, Options, Stages, jobs
 from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.runtime.bundle import check_target, new_bundle, write_manifest
 from caphuman_edge.runtime.contract import graphs
@@ -37,25 +37,28 @@ class Sources:
 
 
 def build(model: CapHuman, preview: PreviewDecoder, sources: Sources, out: Path, options: Options | None = None,
-          report: Callable[[str], None] = lambda line: None) -> None:
+          report: Callable[[str], None] = lambda line: None, consume: bool = False) -> None:
     """Write the bundle at `out`, replacing an older one whole; `report` gets a line a part.
 
+    `consume`: the model is emptied once nothing needs it any more, since what follows needs as much memory again.
     A build that was stopped goes on where it was: its finished parts lie in `.NAME.parts` beside `out` until the bundle
     is whole. Raises BundleError naming the first graph that does not compute what the reference computes.
     """
     check_target(out, overwrite=True)
     options, planned = options or Options(), jobs(options or Options())
-    specs = graphs(model.config)
+    config, specs = model.config, graphs(model.config)
     parts = Parts(out.with_name(f".{out.name}.parts"), _recipe(model, preview, sources, options), len(planned), report)
     stages, done = Stages(modules(model.eval(), preview), specs, options), {}
     for job in planned:
+        if consume and job[0] not in TRACED:
+            model.to("meta")
         done[job] = stages.done[job] = parts.make(f"{job[0]}/{job[1]}", partial(stages.run, job))
     with new_bundle(out, overwrite=True) as folder:
-        components = publish(folder, done, model.config, options)
+        components = publish(folder, done, config, options)
         components |= copy_perception(folder, sources.perception, specs)
         components |= copy_data(folder, sources.licence_text, sources.head)
         components["selftest"] = write_selftest(folder, stages.cases, components, specs)
-        write_manifest(folder, Manifest(sources.name, model.config, sources.schedule, components,
+        write_manifest(folder, Manifest(sources.name, config, sources.schedule, components,
                                         dict(sources.provenance), dict(sources.licences)))
     parts.clear()
 

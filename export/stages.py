@@ -27,6 +27,9 @@ SHARED = {"denoiser": {"denoiser": "model.onnx", "capface": "capface.onnx", "une
 OPENVINO_FILE = "openvino_model.xml"  # the names under which other hosts look for it
 COREML_FILE = "model.mlpackage"
 MOBILE_FILE = "model.ort"
+TRACED = ("reference", "onnx", "coreml")  # stages that need the reference
+CONVERTED = ("openvino", "ort")  # formats that are made from the ONNX graphs
+ALWAYS_EXACT = ("hint_encoder",)  # its gates are thresholds, and it is small
 RUN_BY = {"onnx": "ort", "ort": "ort", "openvino": "openvino"}  # format: the backend that checks it
 Job = tuple[str, str]  # stage, graph or folder
 
@@ -49,14 +52,16 @@ class Options:
 
 
 def jobs(options: Options) -> list[Job]:
-    """Every part of a build, each after those that it needs."""
-    wanted = {name: None for kind in options.formats for name in options.graphs_in(kind)}  # an ordered set
+    """Every part of a build, each after those that it needs; first those that need the reference itself."""
+    wanted = dict.fromkeys(name for kind in options.formats for name in options.graphs_in(kind))
     planned = [("reference", name) for name in wanted]
     if set(options.formats) - {"coreml"}:
         planned += [("onnx", place) for place in dict.fromkeys(map(folder_of, options.graphs_in("onnx")))]
+    if "coreml" in options.formats:
+        planned += [("coreml", name) for name in options.graphs_in("coreml")]
     for kind in options.formats:
         for name in options.graphs_in(kind):
-            planned += [] if kind == "onnx" else [(kind, name)]
+            planned += [(kind, name)] if kind in CONVERTED else []
             planned.append((f"{kind} check", name))
     return planned
 
@@ -107,7 +112,7 @@ class Stages:
     def _onnx(self, place: str, folder: Path) -> Facts:
         names = [name for name in self.options.graphs_in("onnx") if folder_of(name) == place]
         models = {onnx_file(name): trace(self.modules[name], self.specs[name]) for name in names}
-        return {"precision": save(models, folder, self.options.storage)}
+        return {"precision": save(models, folder, "exact" if place in ALWAYS_EXACT else self.options.storage)}
 
     def _openvino(self, graph: str, folder: Path) -> Facts:
         from caphuman_edge.export.openvino_writer import write_openvino
@@ -130,7 +135,7 @@ class Stages:
 
             floor = FLOORS_DB[self.done[kind, name].facts["precision"]]
             return check_packages(path, self.specs[name], self.cases(name)[:1], floor)
-        floor = FLOOR_HALF_DB if self.options.storage == "f16" else FLOOR_DB
+        floor = FLOOR_HALF_DB if self.options.storage == "f16" and name not in ALWAYS_EXACT else FLOOR_DB
         graph = open_backend(RUN_BY[kind]).load(path, precision="f32", cache_dir=folder / "compiled")
         parity = check_cases(str(path), graph, self.cases(name), floor)
         shutil.rmtree(folder / "compiled", ignore_errors=True)

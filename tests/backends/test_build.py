@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from caphuman_edge.export import build_command, stages
+from caphuman_edge.export import build_run, stages
 from caphuman_edge.export.assemble import perception_in
 from caphuman_edge.export.builder import Options, Sources, build
 from caphuman_edge.runtime import Pipeline
@@ -141,7 +141,7 @@ def test_a_bundle_is_overwritten_only_where_that_is_asked_for(refusal, tmp_path)
 
 
 def test_a_full_disk_is_told_before_anything_is_read(refusal, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_command.shutil, "disk_usage", lambda _: build_command.shutil._ntuple_diskusage(9, 8, 1))
+    monkeypatch.setattr(build_run.shutil, "disk_usage", lambda _: build_run.shutil._ntuple_diskusage(9, 8, 1))
     said = refusal("--out", tmp_path / "full", "--random-weights", "full", "--format", "onnx,openvino")
     assert "has 0.0 GB free, a build of onnx, openvino takes about" in said
 
