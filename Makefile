@@ -17,8 +17,9 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m caphuman_edge.runtime.demo --photo "$$(ls $(WHEELS) | head -n 1)"
 
 # The suites run against an installed copy, so that a file missing from the wheel fails them.
+# One process a core, each with one thread; a file's tests stay together, since they share what is slow to make.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # The official perception networks with their published weights, fetched and pinned by hash, on real photos.
 test-weights: $(VENV)/.test
