@@ -11,13 +11,13 @@ from caphuman_edge.runtime.manifest import FORMATS
 from caphuman_edge.runtime.schedule import Schedule
 
 NEEDED = ("torch", "onnx_ir", "onnxscript", "safetensors")  # the export extra
+if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
+    raise ImportError(f"No module named {missing[0]!r}")  # the command line then leaves the command out
 SIZES = range(256, 1025, 64)  # px
 
 
 def add(subparsers: Any) -> None:
-    """Register the command. Raises ImportError where its extra is not installed."""
-    if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
-        raise ImportError(f"No module named {missing[0]!r}")
+    """Register the command."""
     parser = subparsers.add_parser("build", help="official checkpoints to a bundle for this device", description=(
         "Turns caphuman.ckpt, a Stable Diffusion 1.5 checkpoint and more into one bundle, and proves that each graph "
         "computes what the PyTorch reference computes. Stop it at any time: the same command goes on from there."))

@@ -15,6 +15,7 @@ from types import FrameType
 from caphuman_edge.export.build_inputs import config_of, gather, random_folder
 from caphuman_edge.export.builder import build
 from caphuman_edge.export.coreml_writer import MAC, PHONE
+from caphuman_edge.export.mobile_writer import LARGEST
 from caphuman_edge.export.preview import preview_of
 from caphuman_edge.export.random_weights import official_shapes
 from caphuman_edge.export.stages import Options
@@ -28,6 +29,7 @@ from caphuman_edge.runtime.schedule import Schedule, timesteps
 
 PARAMETER_BYTES = {"onnx": 2, "openvino": 2, "coreml": 2, "ort": 4}  # on disk, with weights in halves
 RANDOM_BYTES = 8  # of random checkpoints in 32 bits, twice since backbone and autoencoder are files of their own, too
+DENOISER = ("model.diffusion_model.", "control_model.")
 SPARE_BYTES = 1 << 30  # for what is written beside the weights
 
 
@@ -37,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     _check_extras(args.formats)
     check_target(args.out, args.overwrite)
     config = config_of(args)
+    _check_mobile(options, config)
     _check_space(args.out, options, config, bool(args.random_weights))
     with _stoppable():
         model, sources = gather(args, config, schedule, _say)
@@ -63,6 +66,14 @@ def _check_extras(formats: tuple[str, ...]) -> None:
 def _schedule(args: argparse.Namespace) -> Schedule:
     timesteps(args.steps)  # refuses what cannot be laid out
     return Schedule(steps=args.steps, guidance=args.guidance)
+
+
+def _check_mobile(options: Options, config: Config) -> None:
+    """Raises BadInput where the denoiser's weights in 32 bits are more than the format takes."""
+    widest = 4 * sum(math.prod(shape) for name, shape in official_shapes(config).items() if name.startswith(DENOISER))
+    if "ort" in options.formats and widest > LARGEST:
+        raise BadInput(f"format ort takes graphs of less than {LARGEST / 1e9:.1f} GB, this model's denoiser would have "
+                       f"{widest / 1e9:.1f} GB; leave ort out of --format")
 
 
 def _check_space(out: Path, options: Options, config: Config, random: bool) -> None:

@@ -118,6 +118,7 @@ def test_formats_share_their_selftest_and_are_all_in_the_manifest(micro, sources
     (["--out", "b", "--format", "tflite"], "tflite is no format, expected some of onnx, openvino, coreml, ort"),
     (["--out", "b", "--size", "500x512"], r"'500x512' is no size, expected such as 512x768"),
     (["--out", "b", "--phone"], r"--phone is about Core ML, but --format is onnx; add coreml"),
+    (["--out", "b", "--format", "onnx,ort"], r"format ort takes graphs of less than 2\.1 GB, .* would have 4\.9 GB"),
     (["--out", "b", "--steps", "27"], "27 steps cannot be laid out"),
     (["--out", "b", "--head", "nobody"], 'head "nobody" is not known'),
     (["--out", "b", "--caphuman", "c.ckpt", "--facenet", "f.pt"], r"f\.pt does not exist, expected a checkpoint"),
