@@ -1,5 +1,6 @@
 """Build a bundle from a reference model: every graph in every format asked for, each checked before it is published."""
 import dataclasses
+import gc
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def build(model: CapHuman, preview: PreviewDecoder, sources: Sources, out: Path,
     for job in planned:
         if consume and job[0] not in TRACED:
             model.to("meta")
+            gc.collect()  # traced programs refer to the weights, in cycles
         done[job] = stages.done[job] = parts.make(f"{job[0]}/{job[1]}", partial(stages.run, job))
     with new_bundle(out, overwrite=True) as folder:
         components = publish(folder, done, config, options)

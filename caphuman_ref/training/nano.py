@@ -6,7 +6,8 @@
 Reference and target are different pictures of one identity, so that identity and pose are learnt apart. Who is shown
 and what the prompt says is learnt four times as fast on small pictures, and kept.
 The loss is the error of v (Salimans and Ho 2022) plus the mask's. In terms of eps it weighs noisy timesteps up to 200
-times more than the usual loss does: there only the conditions can tell what to draw.
+times more than the usual loss does: there only the conditions can tell what to draw. With `--critic DIR` (a run of
+`training.critic` on pictures of the same size) the picture that eps implies has to show the reference's person, too.
 """
 import argparse
 import dataclasses
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from caphuman_edge.ref.caphuman import CapHuman, FaceCondition, face_gates
 from caphuman_edge.ref.sampler import alphas_cumprod
+from caphuman_edge.ref.training.critic import Critic, load_critic, unlikeness
 from caphuman_edge.ref.training.labels import Batch, Labels, batches_ahead
 from caphuman_edge.ref.training.muon import optimizers
 from caphuman_edge.ref.training.run import Plan, Run, guarded, mixed_precision
@@ -27,6 +29,7 @@ from caphuman_edge.runtime.contract import NANO, Config
 MASK_WEIGHT = 0.1
 FACE_WEIGHT = 2.0  # how much more an error in the face costs than one elsewhere
 TEXT_DROPOUT = 0.1  # for classifier-free guidance
+IDENTITY_WEIGHT = 0.1  # of the critic's loss, in nats
 IDENTITY_DROPOUT = 0.1  # as tau drops it in early steps
 IMAGE_DROPOUT = 0.25  # more often only the image tokens are dropped, so that the identity vector has to be heard
 IDENTITY_LOUDNESS = 4.0  # how much larger the identity token starts than an image token: it is one among dozens
@@ -40,6 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start-from", type=Path, metavar="DIR",
                         help="weights to begin with, such as caphuman_ref/training/milestone/model")
+    parser.add_argument("--critic", type=Path, metavar="DIR", help="run of `training.critic` with the same --edge")
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--edge", type=int, choices=(128, 256), default=256, help="size of the pictures, px")
     parser.add_argument("--batch", type=int, default=16)
@@ -54,7 +58,8 @@ def main() -> None:
     plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=options.learning_rate,
                 decay_steps=options.decay_steps, warmup=min(200, options.decay_steps // 20))
     torch.manual_seed(plan.seed)
-    trainer = Trainer(config, labels.words, device, options.compile)
+    critic = load_critic(options.critic, labels.latents.shape[-1]) if options.critic else None
+    trainer = Trainer(config, labels.words, device, options.compile, critic)
     run = Run(options.out, trainer.model, plan, {"config": config.to_json()},
               optimizers(trainer.model, plan.learning_rate, options.muon_rate))
     if options.start_from:
@@ -68,17 +73,22 @@ def main() -> None:
 class Trainer:
     """The trainable model and its loss on one batch."""
 
-    def __init__(self, config: Config, words: Tensor, device: torch.device, compiled: bool):
-        """`words`: the token ids that captions use."""
+    def __init__(self, config: Config, words: Tensor, device: torch.device, compiled: bool,
+                 critic: Critic | None = None):
+        """`words`: the token ids that captions use; `critic`: frozen, rewards likeness."""
         self.model = CapHuman(config, autoencoder=False, mask_bias=MASK_BIAS)
         _start_vocabulary(self.model.text_encoder.text_model.embeddings.token_embedding.weight.data, words)
         self.model.id_linear.weight.data *= IDENTITY_LOUDNESS * config.identity_width**0.5  # its input has unit length
         self.model.to(device, memory_format=torch.channels_last)
+        self.critic = critic.to(device) if critic else None
         self.alphas_cumprod = alphas_cumprod().to(device)
         self.predict = torch.compile(self._predict) if compiled else self._predict
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Named loss terms of one batch; `loss` is the sum to minimise, `v` and `eps` plain errors."""
+        """Named loss terms of one batch; `loss` is the sum to minimise, `v` and `eps` plain errors.
+
+        `identity`, with a critic only: how hard it is to tell whose picture eps implies.
+        """
         timestep = torch.randint(0, 1000, (len(batch.latents),), device=batch.latents.device)
         alpha_bar = self.alphas_cumprod[timestep][:, None, None, None]
         noise = torch.randn_like(batch.latents)
@@ -89,7 +99,12 @@ class Trainer:
         v = error / alpha_bar
         weighted = v * (1 + FACE_WEIGHT * batch.masks)
         mask = F.binary_cross_entropy_with_logits(mask_logit.float(), batch.masks)
-        return {"loss": weighted.mean() + MASK_WEIGHT * mask, "v": v.mean(), "eps": error.mean(), "mask": mask}
+        terms = {"loss": weighted.mean() + MASK_WEIGHT * mask, "v": v.mean(), "eps": error.mean(), "mask": mask}
+        if self.critic:
+            clean = (noisy - (1 - alpha_bar).sqrt() * eps.float()) / alpha_bar.sqrt()
+            terms["identity"] = unlikeness(self.critic, clean, batch.identities).mean()
+            terms["loss"] = terms["loss"] + IDENTITY_WEIGHT * terms["identity"]
+        return terms
 
     def _predict(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         model, control = self.model, self.model.control_model
