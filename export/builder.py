@@ -48,7 +48,7 @@ def build(model: CapHuman, preview: PreviewDecoder, sources: Sources, out: Path,
     check_target(out, overwrite=True)
     options, planned = options or Options(), jobs(options or Options())
     config, specs = model.config, graphs(model.config)
-    parts = Parts(out.with_name(f".{out.name}.parts"), _recipe(model, preview, sources, options), len(planned), report)
+    parts = Parts(out.with_name(f".{out.name}.parts"), _recipe(model, sources, options), len(planned), report)
     stages, done = Stages(modules(model.eval(), preview), specs, options), {}
     for job in planned:
         if consume and job[0] not in TRACED:
@@ -65,12 +65,13 @@ def build(model: CapHuman, preview: PreviewDecoder, sources: Sources, out: Path,
     parts.clear()
 
 
-def _recipe(model: CapHuman, preview: PreviewDecoder, sources: Sources, options: Options) -> dict[str, Any]:
-    """All that decides what the parts of a build contain; weights by what provenance says of them."""
-    weights = hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in preview.parameters()))
+def _recipe(model: CapHuman, sources: Sources, options: Options) -> dict[str, Any]:
+    """All that decides what the parts of a build contain; weights by what provenance says of them.
+
+    The preview decoder is left out: it is fitted anew each time, and its last bits differ.
+    """
     return {"config": model.config.to_json(), "options": dataclasses.asdict(options), "code": _code(),
-            "libraries": {name: _version(name) for name in LIBRARIES}, "provenance": dict(sources.provenance),
-            "preview": weights.hexdigest()}
+            "libraries": {name: _version(name) for name in LIBRARIES}, "provenance": dict(sources.provenance)}
 
 
 def _code() -> str:
