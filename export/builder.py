@@ -46,17 +46,18 @@ def build(model: CapHuman, preview: PreviewDecoder, sources: Sources, out: Path,
     is whole. Raises BundleError naming the first graph that does not compute what the reference computes.
     """
     check_target(out, overwrite=True)
-    options, planned = options or Options(), jobs(options or Options())
+    options = options or Options()
+    planned = jobs(options)
     config, specs = model.config, graphs(model.config)
     parts = Parts(out.with_name(f".{out.name}.parts"), _recipe(model, sources, options), len(planned), report)
-    stages, done = Stages(modules(model.eval(), preview), specs, options), {}
+    stages = Stages(modules(model.eval(), preview), specs, options)
     for job in planned:
         if consume and job[0] not in TRACED:
             model.to("meta")
             gc.collect()  # traced programs refer to the weights, in cycles
-        done[job] = stages.done[job] = parts.make(f"{job[0]}/{job[1]}", partial(stages.run, job))
+        stages.done[job] = parts.make(f"{job[0]}/{job[1]}", partial(stages.run, job))
     with new_bundle(out, overwrite=True) as folder:
-        components = publish(folder, done, config, options)
+        components = publish(folder, stages.done, config, options)
         components |= copy_perception(folder, sources.perception, specs)
         components |= copy_data(folder, sources.licence_text, sources.head)
         components["selftest"] = write_selftest(folder, stages.cases, components, specs)

@@ -15,11 +15,10 @@ from caphuman_edge.export.graphs import example_inputs
 from caphuman_edge.runtime.backends import Backend
 from caphuman_edge.runtime.contract import GraphSpec
 from caphuman_edge.runtime.errors import BundleError
-from caphuman_edge.runtime.selftest import psnr_db
+from caphuman_edge.runtime.selftest import FLOOR_GATES, GATE, psnr_db
 
 FLOOR_DB = 60.0  # least PSNR of any output in float32 arithmetic on the reference's own weights
 FLOOR_HALF_DB = 35.0  # where weights were rounded to 16 bits, or arithmetic is in 16 bits
-FLOOR_GATES_DB = 30.0  # gates are thresholds: one cell in a thousand may fall on the other side
 SEEDS = (11, 12)  # of the case with a text batch of one, and of that with two
 Arrays = dict[str, np.ndarray]
 
@@ -54,7 +53,7 @@ def check_cases(label: str, graph: Callable[[Arrays], Mapping[str, np.ndarray]],
         worst = {name: round(min(worst.get(name, math.inf), psnr_db(found[name], wanted)), 2)
                  for name, wanted in case.outputs.items()}
     for name, decibels in worst.items():
-        least = FLOOR_GATES_DB if name.startswith("gate_") else floor
+        least = FLOOR_GATES if name.startswith(GATE) else floor
         if decibels < least:
             raise BundleError(f"{label}: {name} differs from the reference, PSNR {decibels:.1f} dB, expected at least "
                               f"{least:.0f} dB; report the checkpoint and the backend's version")

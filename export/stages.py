@@ -21,8 +21,8 @@ from caphuman_edge.export.onnx_writer import Storage, save, trace
 from caphuman_edge.export.parts import Facts, Part
 from caphuman_edge.runtime.backends import open_backend
 from caphuman_edge.runtime.contract import GraphSpec
+from caphuman_edge.runtime.machine import FUSED, SPLIT
 
-FUSED, SPLIT = ("denoiser",), ("capface", "unet")
 SHARED = {"denoiser": {"denoiser": "model.onnx", "capface": "capface.onnx", "unet": "unet.onnx"}}  # weights, by folder
 OPENVINO_FILE = "openvino_model.xml"  # the names under which other hosts look for it
 COREML_FILE = "model.mlpackage"
