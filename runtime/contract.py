@@ -154,7 +154,7 @@ class GraphSpec:
 
 def graphs(config: Config) -> dict[str, GraphSpec]:
     """Every graph that a bundle of this size may hold, by name."""
-    specs = (*_perception_graphs(config), *_encoder_graphs(config), *_denoiser_graphs(config), *_decoder_graphs(config))
+    specs = (*_perception_graphs(config), *_encoder_graphs(config), *_denoiser_graphs(config), *_vae_graphs(config))
     return {spec.name: spec for spec in specs}
 
 
@@ -229,29 +229,38 @@ def _encoder_graphs(config: Config) -> list[GraphSpec]:
 
 
 def _denoiser_graphs(config: Config) -> list[GraphSpec]:
-    """The fused denoiser, and its split form: capface, unet.
+    """The fused denoiser, its split form (capface, unet), and a second ControlNet with the encoder of its picture.
 
-    `residual_*` are CapFace's raw outputs; who calls the split form scales, gates and sums them.
+    `residual_*` are raw outputs; who calls the split form scales, gates and sums them. A second ControlNet reads the
+    text, so its residuals differ from text to text. Its picture is RGB, 0..1.
     """
     latent = TensorSpec("latent", (1, *config.latent_shape))
     timestep = TensorSpec("timestep", (1,))  # 0..999, float so that every backend takes it
     text = TensorSpec("text_tokens", ("batch", "tokens", config.unet.context_width))
     hint = TensorSpec("hint", (1, config.unet.model_channels, *config.latent_shape[1:]))
     eps = TensorSpec("eps", ("batch", *config.latent_shape))
-    residuals = tuple(TensorSpec(f"residual_{i:02}", (1, *shape)) for i, shape in enumerate(residual_shapes(config)))
+    shapes = residual_shapes(config)
+    residuals = tuple(TensorSpec(f"residual_{i:02}", (1, *shape)) for i, shape in enumerate(shapes))
+    by_text = tuple(TensorSpec(f"residual_{i:02}", ("batch", *shape)) for i, shape in enumerate(shapes))
+    picture = TensorSpec("image", (1, 3, config.height, config.width))
     return [
         GraphSpec("denoiser", (latent, timestep, text, _face_tokens(config), hint, *_gates(config),
                                TensorSpec("scales", (RESIDUALS,))), (eps,)),
         GraphSpec("capface", (latent, timestep, _face_tokens(config), hint), residuals),
         GraphSpec("unet", (latent, timestep, text, *residuals), (eps,)),
+        GraphSpec("control_encoder", (picture,), (hint,)),
+        GraphSpec("controlnet", (latent, timestep, text, hint), by_text),
     ]
 
 
-def _decoder_graphs(config: Config) -> list[GraphSpec]:
+def _vae_graphs(config: Config) -> list[GraphSpec]:
+    """Pictures are RGB, about -1..1. Latents are scaled: `latent_parameters` are the mean and log variance of one."""
     latent = TensorSpec("latent_sample", (1, *config.latent_shape))
-    rows, columns = config.latent_shape[1:]
+    channels, rows, columns = config.latent_shape
+    picture = TensorSpec("sample", (1, 3, config.height, config.width))
     return [
-        GraphSpec("vae_decoder", (latent,), (TensorSpec("sample", (1, 3, config.height, config.width)),)),
+        GraphSpec("vae_encoder", (picture,), (TensorSpec("latent_parameters", (1, 2 * channels, rows, columns)),)),
+        GraphSpec("vae_decoder", (latent,), (picture,)),
         GraphSpec("preview_decoder", (latent,), (TensorSpec("sample", (1, 3, rows, columns)),)),
     ]
 

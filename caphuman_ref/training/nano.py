@@ -29,7 +29,7 @@ from caphuman_edge.runtime.contract import NANO, Config
 MASK_WEIGHT = 0.1
 FACE_WEIGHT = 2.0  # how much more an error in the face costs than one elsewhere
 TEXT_DROPOUT = 0.1  # for classifier-free guidance
-IDENTITY_WEIGHT = 0.1  # of the critic's loss, in nats
+IDENTITY_WEIGHT = 0.2  # of the critic's loss, in nats
 IDENTITY_DROPOUT = 0.1  # as tau drops it in early steps
 IMAGE_DROPOUT = 0.25  # more often only the image tokens are dropped, so that the identity vector has to be heard
 IDENTITY_LOUDNESS = 4.0  # how much larger the identity token starts than an image token: it is one among dozens

@@ -1,6 +1,8 @@
 """`caphuman generate`: a portrait of the person in a photo, with the head and the prompt that are asked for."""
 import argparse
 import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +28,47 @@ def add(subparsers: Any) -> None:
     """Register the command."""
     parser = subparsers.add_parser("generate", help="make a portrait from a photo, a head and a prompt", description=(
         "Makes a portrait of the person in a photo. The PNG carries its recipe and says that it is AI-generated."))
-    controls.add_flags(parser)
-    _add_settings(parser.add_argument_group("picture"))
-    _add_output(parser.add_argument_group("output"))
+    add_flags(parser)
+    add_json_flag(parser)
     parser.set_defaults(run=run)
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add everything that says what a portrait is, and where it goes."""
+    controls.add_flags(parser)
+    _add_settings(parser.add_argument_group("picture"))
+    _add_output(parser.add_argument_group("output"))
+
+
 def run(args: argparse.Namespace) -> int:
-    """Check all that can be checked at once, then look at the photos, then draw."""
+    """Make the portraits that the flags describe."""
+    made = make(args, lambda: opened(args))
+    show({"portraits": made}, args.json, lambda report: "\n".join(portrait["file"] for portrait in report["portraits"]))
+    return 0
+
+
+def opened(args: argparse.Namespace) -> Pipeline:
+    """The pipeline that the flags ask for."""
+    return controls.open_pipeline(args.bundle, chosen_machine(args), args.renderer, args.head, args.detector)
+
+
+def make(args: argparse.Namespace, open_pipe: Callable[[], AbstractContextManager[Pipeline]]) -> list[dict[str, Any]]:
+    """Check all that can be checked at once, then look at the photos, then draw; gives each file and its recipe.
+
+    Settings are checked before any photo is measured, so that a slip costs no time. `open_pipe` is called once files
+    and folders are known to be good.
+    """
     files = portrait_files(args.out, args.count)
     results = [*files, args.sheet] if args.sheet else files
     check_apart(results, controls.photo_files(args))
     check_writable(results)
     sources = controls.load_sources(args)
-    with controls.open_pipeline(args.bundle, chosen_machine(args), args.renderer, args.head, args.detector) as pipe:
+    with open_pipe() as pipe:
         seeds = chosen_settings(pipe, args)
         controls.check_controls(pipe, args)
         seen = controls.find_heads(pipe, sources, args)
         portraits = draw_all(pipe, seen.subject, seen.head, dict(zip(files, seeds, strict=True)), args)
-    made = [{"file": str(file), "recipe": portrait.recipe} for file, portrait in zip(files, portraits, strict=True)]
-    show({"portraits": made}, args.json, lambda report: "\n".join(portrait["file"] for portrait in report["portraits"]))
-    return 0
+    return [{"file": str(file), "recipe": portrait.recipe} for file, portrait in zip(files, portraits, strict=True)]
 
 
 def chosen_settings(pipe: Pipeline, args: argparse.Namespace) -> list[Settings]:
@@ -107,4 +129,3 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--count", type=whole(1, 1000), default=1, metavar="N", help="portraits, with seeds that count "
                        "up, in FILE-1.png, FILE-2.png, ..., of which none may exist")
     group.add_argument("--sheet", type=png, metavar="FILE", help="also write a contact sheet: photo, maps, portraits")
-    add_json_flag(group)
