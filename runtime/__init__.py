@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bundle import Bundle
+    from .canvas import Canvas
     from .errors import CapHumanError
-    from .pipeline import Pipeline, Portrait, Settings, Step
+    from .pipeline import Pipeline
+    from .portrait import Portrait, Step
+    from .request import Person, Settings
 
-__all__ = ["Bundle", "CapHumanError", "Pipeline", "Portrait", "Settings", "Step"]
-_HOMES = {"Bundle": "bundle", "CapHumanError": "errors",
-          "Pipeline": "pipeline", "Portrait": "pipeline", "Settings": "pipeline", "Step": "pipeline"}
+__all__ = ["Bundle", "Canvas", "CapHumanError", "Person", "Pipeline", "Portrait", "Settings", "Step"]
+_HOMES = {"Bundle": "bundle", "Canvas": "canvas", "CapHumanError": "errors", "Person": "request",
+          "Pipeline": "pipeline", "Portrait": "portrait", "Settings": "request", "Step": "portrait"}
 
 
 def __getattr__(name: str) -> Any:

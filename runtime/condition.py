@@ -3,7 +3,10 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from .head.code import HeadCode, project
+from .head.marks import ALL
 from .head.model import HeadModel
+from .image import resize
+from .perception.points68 import SOURCES
 from .render import Mesh, Renderer
 from .render.maps import DEPTH_OFFSET
 
@@ -26,6 +29,17 @@ def head_mesh(model: HeadModel, code: HeadCode) -> Mesh:
     screen[:, 2] *= min(1.0, LARGEST_DEPTH / max(1e-6, float(np.abs(screen[:, 2]).max())))
     return Mesh(screen, model.normals(vertices), model.faces, model.face_uv, model.texture(code),
                 code.light)
+
+
+def landmark_picture(model: HeadModel, code: HeadCode, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
+    """A head's 68 landmarks as `landmark_map` draws them, at 512 px stretched to the frame.
+
+    FLAME's own where the head has them, else those that the landmark network's 478 stand for.
+    """
+    screen = project(model.vertices(code), code)
+    marks = model.landmarks(screen)
+    points = marks[SOURCES].mean(axis=1) if len(marks) == ALL else model.landmarks68(screen, code.rotation)
+    return resize(landmark_map(points[:, :2]), height, width, "bilinear")
 
 
 def landmark_map(points: Float[np.ndarray, "n 2"], size: int = 512) -> UInt8[np.ndarray, "size size 3"]:

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from .cli import Parser, guarded
 from .cli.controls import open_pipeline
-from .cli.generate import draw
+from .cli.generate import Drawn, draw
 from .cli.output import check_apart, check_writable, make_folder
 from .errors import BadImage, BadInput
 from .image import save_png
 from .perceive import Subject
-from .pipeline import Pipeline, Settings
+from .pipeline import Pipeline
+from .request import Person, Settings
 from .sheet import Tile, contact_sheet, map_tiles
 
 YAWS = {"portrait.png": -30.0, "portrait-2.png": 25.0}  # degrees
@@ -75,7 +76,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def _turned(pipe: Pipeline, subject: Subject, settings: Settings, file: Path, yaw: float) -> list[Tile]:
     """Draw and write one portrait; gives its row of the sheet."""
     head = subject.head.posed(yaw=yaw)
-    portrait = draw(pipe, subject, head, settings, file.name, {"yaw": yaw})
+    portrait = draw(pipe, Drawn([Person(subject, head)], [{"yaw": yaw}]), settings, file.name, {})
     portrait.save(file)
     return [Tile("photo", subject.photo), *map_tiles(pipe.maps(head)), Tile(f"yaw {yaw:g}", portrait.pixels)]
 

@@ -8,6 +8,7 @@
     │   └── ShapeMismatch            a graph or tensor has another name, shape or dtype than the contract
     ├── CheckpointError              a checkpoint lacks keys, has foreign ones, or is no checkpoint
     ├── MissingExtra                 an optional dependency is not installed
+    ├── Refused                      the safety check that was asked for turned a picture down
     └── RenderError                  no renderer can run here
 
 Messages are one line: the value, what was expected, the remedy. The command line prints them and exits with 2.
@@ -47,6 +48,10 @@ class MissingExtra(CapHumanError):
 
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(f"{purpose} needs {package}: pip install 'caphuman-edge[{extra}]'")
+
+
+class Refused(CapHumanError):
+    """The safety check that was asked for turned a picture down."""
 
 
 class RenderError(CapHumanError):

@@ -26,6 +26,12 @@ class Region:
     width: float
     height: float
 
+    @property
+    def pixels(self) -> tuple[int, int, int, int]:
+        """Left, top, width and height in whole pixels."""
+        left, top, width, height = (round(side) for side in (self.left, self.top, self.width, self.height))
+        return left, top, max(1, width), max(1, height)
+
 
 def frame_photo(photo: UInt8[np.ndarray, "h w 3"], face: FaceLandmarks, fit: Fit = "face",
                 aspect: float = 1.0) -> tuple[UInt8[np.ndarray, "H W 3"], FaceLandmarks]:
@@ -40,8 +46,29 @@ def frame_photo(photo: UInt8[np.ndarray, "h w 3"], face: FaceLandmarks, fit: Fit
     """
     if fit == "squash":
         return photo, face
+    region = frame_region(photo, face, fit, aspect)
+    scale = min(1.0, LARGEST_FRAME / max(region.width, region.height))
+    if scale < 1:
+        photo, face = _scaled(photo, face, scale)
+        region = Region(*(scale * side for side in (region.left, region.top, region.width, region.height)))
+    points = face.points - np.array([*region.pixels[:2], 0], np.float32)
+    return cut_out(photo, region), replace(face, points=points)
+
+
+def frame_region(photo: UInt8[np.ndarray, "h w 3"], face: FaceLandmarks, fit: Fit = "face",
+                 aspect: float = 1.0) -> Region:
+    """The part of the photo that `frame_photo` shows."""
+    height, width = photo.shape[:2]
     regions = {"face": _around_face, "crop": _largest_within, "pad": _smallest_around}
-    return _cut_out(photo, face, regions[fit](photo.shape[1], photo.shape[0], face, aspect))
+    return Region(0, 0, width, height) if fit == "squash" else regions[fit](width, height, face, aspect)
+
+
+def cut_out(photo: UInt8[np.ndarray, "h w 3"], region: Region) -> UInt8[np.ndarray, "H W 3"]:
+    """A part of the photo; beyond the border its edge pixels repeat."""
+    left, top, width, height = region.pixels
+    rows = np.clip(np.arange(top, top + height), 0, photo.shape[0] - 1)
+    columns = np.clip(np.arange(left, left + width), 0, photo.shape[1] - 1)
+    return photo[rows[:, None], columns]
 
 
 def _around_face(width: int, height: int, face: FaceLandmarks, aspect: float) -> Region:
@@ -66,19 +93,6 @@ def _smallest_around(width: int, height: int, face: FaceLandmarks, aspect: float
 def _middle(face: FaceLandmarks) -> np.ndarray:
     """Of the box around the points, in pixels right and down."""
     return (face.points[:, :2].min(axis=0) + face.points[:, :2].max(axis=0)) / 2
-
-
-def _cut_out(photo: UInt8[np.ndarray, "h w 3"], face: FaceLandmarks,
-             region: Region) -> tuple[UInt8[np.ndarray, "H W 3"], FaceLandmarks]:
-    scale = min(1.0, LARGEST_FRAME / max(region.width, region.height))
-    if scale < 1:
-        photo, face = _scaled(photo, face, scale)
-    left, top, width, height = (round(scale * side) for side in
-                                (region.left, region.top, region.width, region.height))
-    rows = np.clip(np.arange(top, top + max(1, height)), 0, photo.shape[0] - 1)
-    columns = np.clip(np.arange(left, left + max(1, width)), 0, photo.shape[1] - 1)
-    points = face.points - np.array([left, top, 0], np.float32)
-    return photo[rows[:, None], columns], replace(face, points=points)
 
 
 def _scaled(photo: UInt8[np.ndarray, "h w 3"], face: FaceLandmarks,

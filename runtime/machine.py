@@ -30,16 +30,21 @@ class Machine:
         """Raise BadInput or MissingExtra where the backend or the device is not to be had; loads no graph."""
         chosen_device(self.backend, self.device, open_backend(self.backend).devices())
 
-    def denoiser(self, bundle: Bundle) -> tuple[str, ...]:
-        """The graphs of a step: FUSED, or SPLIT where only that is stored for the backend. Raises BundleError."""
+    def denoiser(self, bundle: Bundle, split: bool = False) -> tuple[str, ...]:
+        """The graphs of a step: FUSED, or SPLIT where only that is stored for the backend or `split` asks for it.
+
+        Raises BundleError where they are not to be had.
+        """
         formats = open_backend(self.backend).FORMATS
-        for names in (FUSED, SPLIT):
+        for names in (SPLIT,) if split else (FUSED, SPLIT):
             if all(bundle.stored(name, formats) for name in names):
                 return names
         held = [f"{name} ({', '.join(bundle.component(name).forms)})" for name in FUSED + SPLIT if name in bundle]
-        raise BundleError(f"{bundle.root} holds {', '.join(held) or 'no denoiser'}, expected denoiser or capface and "
-                          f"unet as {' or '.join(formats)}, which backend {self.backend} reads; choose another "
-                          "backend, or build a bundle for this one")
+        wanted = "capface and unet" if split else "denoiser or capface and unet"
+        why = ", since several people, a second control and enhancement take the split denoiser" if split else ""
+        raise BundleError(f"{bundle.root} holds {', '.join(held) or 'no denoiser'}, expected {wanted} as "
+                          f"{' or '.join(formats)}, which backend {self.backend} reads{why}; choose another backend, "
+                          "or build a bundle that has it")
 
     def runner(self, bundle: Bundle, name: str) -> str:
         """The backend that runs a graph: the chosen one, or ort where the graph is stored as ONNX alone.
@@ -89,18 +94,6 @@ def row_by_row(graph: Graph, contract: GraphSpec) -> Graph:
                 for name, array in rows[0].items()}
 
     return dataclasses.replace(graph, inputs=inputs, outputs=outputs, run=run)
-
-
-def split_eps(capface: Graph, unet: Graph, inputs: Arrays) -> np.ndarray:
-    """What the fused denoiser gives for its inputs, by the two graphs that it consists of.
-
-    CapFace runs once, its residuals are scaled and gated, then the UNet runs for each text.
-    """
-    residuals = capface({spec.name: inputs[spec.name] for spec in capface.inputs})
-    gates = {gate.shape[2:]: gate for name, gate in inputs.items() if name.startswith("gate_")}  # by rows, columns
-    gated = {name: residual * gates[residual.shape[2:]] * scale
-             for (name, residual), scale in zip(sorted(residuals.items()), inputs["scales"], strict=True)}
-    return unet({**{name: inputs[name] for name in ("latent", "timestep", "text_tokens")}, **gated})["eps"]
 
 
 def _opened(specs: tuple[TensorSpec, ...], many: set[str]) -> tuple[TensorSpec, ...]:

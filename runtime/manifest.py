@@ -99,7 +99,9 @@ def check_graph(label: str, inputs: Iterable[TensorSpec], outputs: Iterable[Tens
 
 
 def _schedule(data: object) -> Schedule:
-    schedule = Schedule(**_like(data, dataclasses.asdict(Schedule()), "schedule"))
+    defaults = dataclasses.asdict(Schedule())
+    given = {"identity_guidance": 1.0, **data} if isinstance(data, dict) else data  # which bundles of before lack
+    schedule = Schedule(**_like(given, defaults, "schedule"))
     if schedule.kind not in SCHEDULES:
         raise BundleError(f"bundle.json: schedule.kind is {schedule.kind!r}, expected one of {_names(SCHEDULES)}; "
                           f"{REBUILD}")

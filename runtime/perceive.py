@@ -1,10 +1,11 @@
 """A photo as a subject: the face's framing, head code, identity vector and crop."""
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from .framing import Fit, frame_photo
+from .framing import Fit, Region, frame_photo, frame_region
 from .head import DecaEncoder, HeadCode, HeadFitter
 from .perception import (
     FaceLandmarks,
@@ -26,6 +27,8 @@ class Subject:
     head: HeadCode
     identity: Float32[np.ndarray, "d"]  # unit vector of the face-recognition network
     face_crop: Float32[np.ndarray, "3 s s"]  # input of the image encoder
+    region: Region | None = None  # of the photo as it was given: what `photo` shows
+    source: dict[str, object] = field(default_factory=dict)  # sha256 of the photo's pixels, face and fit, for recipes
 
 
 def measure_subject(see: Perception, heads: HeadFitter | DecaEncoder, photo: UInt8[np.ndarray, "h w 3"],
@@ -49,4 +52,11 @@ def measure_subject(see: Perception, heads: HeadFitter | DecaEncoder, photo: UIn
         picture = clip_pixels(face_on_white(framed, parser, edge), crop_size)
     else:
         picture = face_crop(photo, face, crop_size)
-    return Subject(framed, seen, head, see.identity(photo, face), picture)
+    source = {"photo_sha256": pixels_sha256(photo), "face": face_number or 1, "fit": fit}
+    region = frame_region(photo, face, fit, aspect)
+    return Subject(framed, seen, head, see.identity(photo, face), picture, region, source)
+
+
+def pixels_sha256(pixels: UInt8[np.ndarray, "h w *channels"]) -> str:
+    """Of a picture's pixels: the same for copies whose files differ in metadata alone."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()

@@ -1,13 +1,12 @@
-"""From one photo, a head and a prompt to a portrait. Only this file knows the order of the stages."""
+"""From photos, heads and a prompt to a portrait. Only this file knows the order of the stages."""
 import dataclasses
-import json
+import hashlib
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -15,75 +14,27 @@ from jaxtyping import Float32, UInt8
 from .backends import Arrays, Graph
 from .bundle import Bundle
 from .cache import sha256_of
-from .condition import condition_maps
-from .contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS, RESIDUALS
-from .errors import BadInput
+from .canvas import Canvas, Known, drawn_cells
+from .condition import condition_maps, landmark_picture
+from .contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS
+from .denoise import Conditions, Denoiser, scales_of, within
+from .errors import BadInput, BundleError
 from .framing import Fit
 from .head import OPEN_HEAD, DecaEncoder, HeadCode, HeadFitter, HeadModel, is_flame, load_head
-from .image import load_photo, resize, save_png
-from .machine import Machine, split_eps
+from .image import load_photo, resize
+from .machine import FUSED, Machine
 from .noise import cuda_normal
-from .perceive import Subject, measure_subject
+from .perceive import Subject, measure_subject, pixels_sha256
 from .perception import InsightFace, Perception
+from .portrait import Step
+from .prompt import text_tokens
 from .render import Renderer, open_renderer
-from .schedule import ddim_step, ddim_steps, guided, timesteps
+from .request import Person, Settings, complete
+from .schedule import DdimStep, ddim_step, ddim_steps
 from .tokenizer import Tokenizer
 
 HEAD_ENCODER = "head_encoder"  # DECA: of use to FLAME heads alone
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything about one portrait but the person and the head. None takes the bundle's default."""
-
-    prompt: str = ""
-    negative: str = ""
-    seed: int = 12345
-    steps: int | None = None
-    guidance: float | None = None  # 1 switches guidance off
-    strength: float = 1.0  # of all 13 CapFace residuals
-    tau: int = 0  # face tokens are dropped at timesteps above it; 0 never drops them
-    eta: float = 0.0  # 0 deterministic, 1 ancestral
-
-
-@dataclass(frozen=True)
-class Portrait:
-    """A finished picture and its recipe: settings, head, bundle. With the same photo they make it again."""
-
-    pixels: UInt8[np.ndarray, "h w 3"]
-    recipe: dict[str, object]
-
-    def save(self, path: str | Path) -> None:
-        """Write a PNG with the recipe in its text metadata."""
-        save_png(path, self.pixels, {"caphuman": json.dumps(self.recipe), "AI-generated": "true"})
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """The state after one denoising step."""
-
-    index: int  # from 0
-    count: int
-    timestep: int
-    clean: Float32[np.ndarray, "1 c h w"]  # the clean latent that this step predicts
-    latent: Float32[np.ndarray, "1 c h w"]
-    pipeline: "Pipeline" = field(repr=False)
-    recipe: dict[str, object] = field(repr=False)
-
-    @property
-    def last(self) -> bool:
-        """Whether the portrait is finished."""
-        return self.index == self.count - 1
-
-    def preview(self) -> UInt8[np.ndarray, "h w 3"]:
-        """A cheap, coarse picture of what this step predicts, at full size."""
-        coarse = self.pipeline.decode(self.clean, "preview_decoder")
-        return resize(coarse, self.pipeline.bundle.config.height, self.pipeline.bundle.config.width, "bicubic")
-
-    @property
-    def image(self) -> Portrait:
-        """The portrait; before the last step, what it would be if one stopped here."""
-        return Portrait(self.pipeline.decode(self.latent if self.last else self.clean, "vae_decoder"), self.recipe)
+CONTROL = ("control_encoder", "controlnet")  # the graphs of a second control
 
 
 class Pipeline:
@@ -136,11 +87,6 @@ class Pipeline:
             return DecaEncoder(self.graph(HEAD_ENCODER), self.head_model.layout)
         return HeadFitter(self.head_model)
 
-    @cached_property
-    def denoiser(self) -> tuple[str, ...]:
-        """The graphs of a step, fused or split. Raises BundleError where the backend can run neither."""
-        return self.machine.denoiser(self.bundle)
-
     def perceive(self, photo: str | Path | UInt8[np.ndarray, "h w 3"], face: int | None = None,
                  fit: Fit = "face") -> Subject:
         """Measure the person in a photo; settings as in `perceive.measure_subject`."""
@@ -156,41 +102,48 @@ class Pipeline:
             warnings.warn("the head lies outside the frame, so nothing steers the portrait; move it back", stacklevel=2)
         return maps
 
-    def generate(self, subject: Subject, head: HeadCode | None = None, settings: Settings | None = None,
+    def generate(self, people: Subject | Sequence[Person], head: HeadCode | None = None,
+                 settings: Settings | None = None, *, canvas: Canvas | None = None,
+                 control: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"] | None = None,
                  **changes: object) -> Iterator[Step]:
         """Denoise step by step; closing the generator cancels. `changes` are fields of Settings.
 
-        `head` is None for the subject's own. Raises BadInput for settings out of range.
+        `people`: one subject, whose `head` is None for its own, or any number of Persons with heads and masks. `canvas`
+        is a photo to draw over. `control` is the picture for the bundle's second ControlNet: RGB, 0..255 as bytes or
+        0..1, stretched over the frame. Raises BadInput for settings out of range, BundleError where the bundle or the
+        backend lacks what they need.
         """
-        chosen = self.settings(settings, **changes)
-        steps = ddim_steps(self.bundle.schedule, chosen.steps or 0, chosen.eta)
-        drawn = subject.head if head is None else head
-        constants, recipe = self._constants(subject, drawn, chosen), self._recipe(drawn, chosen)
-        shape = (1, *self.bundle.config.latent_shape)
-        latent = cuda_normal(chosen.seed, shape)
-        for index, step in enumerate(steps):
-            eps = self._eps(latent, step.timestep, constants, chosen)
-            # the official generator draws at every step; a counter-based one can leave out the draws nobody uses
-            noise = cuda_normal(chosen.seed, shape, offset=1 + index) if step.sigma else None
-            latent, clean = ddim_step(latent, eps, step, noise)
-            yield Step(index, len(steps), step.timestep, clean, latent, self, recipe)
+        persons = [Person(people, head)] if isinstance(people, Subject) else list(people)
+        chosen = self.settings(settings, len(persons), canvas is not None, control is not None, **changes)
+        conditions, recipe = self._conditions(persons, chosen, control), self._recipe(persons, chosen, canvas, control)
+        steps = _walked(ddim_steps(self.bundle.schedule, chosen.steps or 0, chosen.eta), chosen.denoise or 0.0)
+        latent = noise = cuda_normal(chosen.seed, (1, *self.bundle.config.latent_shape))
+        known = self._known(canvas, noise) if canvas else None
+        if known and chosen.denoise != 1:
+            latent = known.noisy(steps[0].alpha)
+        yield from self._walk(latent, steps, conditions, known, chosen, recipe, canvas)
 
-    def settings(self, settings: Settings | None = None, **changes: object) -> Settings:
-        """Settings with the bundle's defaults filled in, checked.
+    def settings(self, settings: Settings | None = None, people: int = 1, canvas: bool = False, control: bool = False,
+                 **changes: object) -> Settings:
+        """Settings with the bundle's defaults filled in, checked, before any photo is measured.
 
-        Raises BadInput for one out of range, BundleError where the backend cannot run the bundle's denoiser.
+        `people`, `canvas` and `control` say what is drawn. Raises BadInput for a setting out of range, BundleError
+        where the bundle or the backend lacks a graph for it.
         """
-        schedule, _ = self.bundle.schedule, self.denoiser  # the latter only to refuse before a photo is measured
+        if people < 1:
+            raise BadInput("nobody is asked for, expected one person or more; pass a subject")
         given = dataclasses.replace(settings or Settings(), **changes)  # type: ignore[arg-type]
-        chosen = dataclasses.replace(given, steps=schedule.steps if given.steps is None else given.steps,
-                                     guidance=schedule.guidance if given.guidance is None else given.guidance)
-        for name, low, high in (("guidance", 0, 30), ("strength", 0, 2), ("tau", 0, 1000), ("eta", 0, 1),
-                                ("seed", 0, 2**63 - 1)):
-            value = getattr(chosen, name)
-            if not low <= value <= high:  # also refuses NaN
-                raise BadInput(f"{name} is {value}, expected {low} to {high}")
-        timesteps(chosen.steps or 0, schedule.train_steps)  # refuses what cannot be laid out
+        chosen = complete(given, self.bundle.schedule, canvas)
+        self.machine.denoiser(self.bundle, people > 1 or control or chosen.enhancement != 0)
+        needed = [*(CONTROL if control else ()), *(["vae_encoder"] if canvas else [])]
+        if missing := [name for name in needed if name not in self.bundle]:
+            remedy = "with --controlnet" if missing[0] in CONTROL else "with this version"
+            raise BundleError(f"bundle {self.bundle.root} has no {missing[0]}, which this needs; build it {remedy}")
         return chosen
+
+    def landmarks(self, head: HeadCode) -> UInt8[np.ndarray, "h w 3"]:
+        """The head's 68 landmarks as the official pose map draws them: the picture for a ControlNet of faces."""
+        return landmark_picture(self.head_model, head, self.bundle.config.height, self.bundle.config.width)
 
     def decode(self, latent: Float32[np.ndarray, "1 c h w"], decoder: str) -> UInt8[np.ndarray, "H W 3"]:
         """A scaled latent as pixels, truncated as the official tool does."""
@@ -203,34 +156,96 @@ class Pipeline:
             self._graphs[name] = self.machine.load(self.bundle, name)
         return self._graphs[name]
 
-    def _constants(self, subject: Subject, head: HeadCode, settings: Settings) -> Arrays:
+    def preview(self, latent: Float32[np.ndarray, "1 c h w"]) -> UInt8[np.ndarray, "H W 3"]:
+        """A cheap, coarse picture of a clean latent, at full size."""
+        config = self.bundle.config
+        return resize(self.decode(latent, "preview_decoder"), config.height, config.width, "bicubic")
+
+    def _walk(self, latent: Float32[np.ndarray, "1 c h w"], steps: list[DdimStep], conditions: Conditions,
+              known: Known | None, settings: Settings, recipe: dict[str, Any], canvas: Canvas | None) -> Iterator[Step]:
+        """Denoise from this latent on."""
+        def picture(latent: Float32[np.ndarray, "1 c h w"]) -> UInt8[np.ndarray, "_ _ 3"]:
+            pixels = self.decode(latent, "vae_decoder")
+            return canvas.finished(pixels) if canvas else pixels
+
+        denoiser = Denoiser(self.graph, self.machine.denoiser(self.bundle, conditions.split) == FUSED)
+        for index, step in enumerate(steps):
+            eps = denoiser.eps(latent, step.timestep, conditions)
+            # the official generator draws at every step; a counter-based one can leave out the draws nobody uses
+            noise = cuda_normal(settings.seed, latent.shape, offset=1 + index) if step.sigma else None
+            latent, clean = ddim_step(latent, eps, step, noise)
+            latent = known.kept(latent, step) if known else latent
+            yield Step(index, len(steps), step.timestep, clean, latent, recipe, self.preview, picture)
+
+    def _conditions(self, people: Sequence[Person], settings: Settings,
+                    control: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"] | None) -> Conditions:
         """What the denoiser reads at every step and no step changes."""
+        hints = []
+        if control is not None:
+            hints.append(self.graph("control_encoder")({"image": self._control_image(control)})["hint"])
+        return Conditions(
+            self._text_tokens(settings), [self._person(who) for who in people], scales_of(settings.strength),
+            settings.guidance or 0.0, settings.identity_guidance or 0.0, settings.tau, settings.enhancement, hints,
+            scales_of(settings.control_strength, "control_strength"))
+
+    def _person(self, who: Person) -> Arrays:
+        """One person as CapFace reads it."""
+        if who.mask is not None and who.mask.shape != (self.bundle.config.height, self.bundle.config.width):
+            raise BadInput(f"a person's mask has {who.mask.shape[1]}x{who.mask.shape[0]} px, expected "
+                           f"{self.bundle.config.width}x{self.bundle.config.height}; scale it to the bundle's frame")
+        subject, head = who.subject, who.head or who.subject.head
         tokens = self.graph("image_encoder")({"pixel_values": subject.face_crop[None]})["last_hidden_state"]
         person = self.graph("hint_encoder")({"maps": self.maps(head)[None], "image_tokens": tokens,
                                              "identity": subject.identity[None]})
         del person["mask"]
-        scales = np.full(RESIDUALS, settings.strength, np.float32)
-        return {**person, "text_tokens": self._text_tokens(settings), "scales": scales}
+        return person if who.mask is None else within(person, who.mask)
+
+    def _control_image(self, picture: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]
+                       ) -> Float32[np.ndarray, "1 3 H W"]:
+        height, width = self.bundle.config.height, self.bundle.config.width
+        if picture.dtype == np.uint8:
+            picture = resize(picture, height, width, "bilinear").astype(np.float32) / 255
+        if picture.shape[:2] != (height, width):
+            raise BadInput(f"the control picture has {picture.shape[1]}x{picture.shape[0]} px, expected "
+                           f"{width}x{height}; scale it, or pass bytes")
+        return np.ascontiguousarray(picture.transpose(2, 0, 1)[None])
+
+    def _known(self, canvas: Canvas, noise: Float32[np.ndarray, "1 c h w"]) -> Known:
+        config = self.bundle.config
+        sample = canvas.frame(config.height, config.width).astype(np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
+        mean = self.graph("vae_encoder")({"sample": sample})["latent_parameters"][:, :config.vae.latent_channels]
+        return Known(mean, noise, drawn_cells(canvas.mask, *config.latent_shape[1:]))
 
     def _text_tokens(self, settings: Settings) -> Float32[np.ndarray, "b n c"]:
         """The prompt's tokens; with guidance, the negative prompt's before them."""
         texts = [settings.prompt] if settings.guidance == 1 else [settings.negative, settings.prompt]
-        ids = np.concatenate([self.tokenizer.encode(text) for text in texts])
-        return self.graph("text_encoder")({"input_ids": ids})["last_hidden_state"]
+        encoder = self.graph("text_encoder")
+        return text_tokens(self.tokenizer, texts, lambda ids: encoder({"input_ids": ids})["last_hidden_state"])
 
-    def _eps(self, latent: Float32[np.ndarray, "1 c h w"], timestep: int, constants: Arrays,
-             settings: Settings) -> Float32[np.ndarray, "1 c h w"]:
-        step: Arrays = {"latent": latent, "timestep": np.array([timestep], np.float32)}
-        if settings.tau and timestep > settings.tau:
-            step["face_tokens"] = np.zeros_like(constants["face_tokens"])
-        inputs, parts = {**constants, **step}, [self.graph(name) for name in self.denoiser]
-        eps = parts[0](inputs)["eps"] if len(parts) == 1 else split_eps(parts[0], parts[1], inputs)
-        return eps if len(eps) == 1 else guided(eps[1:], eps[:1], settings.guidance or 0.0)
-
-    def _recipe(self, head: HeadCode, settings: Settings) -> dict[str, object]:
-        (head_digest,) = sha256_of([self.head_file]).values()  # no path: the picture may be shared
+    def _recipe(self, people: Sequence[Person], settings: Settings, canvas: Canvas | None,
+                control: np.ndarray | None) -> dict[str, Any]:
+        """All that makes the picture again, but the photos themselves: no path, since the picture may be shared."""
+        (head_digest,) = sha256_of([self.head_file]).values()
+        others = {"canvas": None if canvas is None else {"photo_sha256": pixels_sha256(canvas.photo),
+                                                         "mask_sha256": _array_sha256(canvas.mask)},
+                  "control_sha256": _array_sha256(control)}
         return {**dataclasses.asdict(settings), "backend": self.machine.backend,
                 "device": self.machine.device, "precision": self.machine.precision,
-                "head": head.numbers(), "head_sha256": head_digest,
-                "bundle": self.bundle.manifest.name, "bundle_sha256": self.bundle.digest,
+                "people": [_told(who) for who in people],
+                **{name: value for name, value in others.items() if value is not None},
+                "head_sha256": head_digest, "bundle": self.bundle.manifest.name, "bundle_sha256": self.bundle.digest,
                 "made_with": f"caphuman-edge {version('caphuman-edge')}"}
+
+
+def _walked(steps: list[DdimStep], denoise: float) -> list[DdimStep]:
+    """The last steps, as large a share of them as is drawn anew; one at least."""
+    return steps[-max(1, round(denoise * len(steps))):]
+
+
+def _told(who: Person) -> dict[str, Any]:
+    mask = {} if who.mask is None else {"mask_sha256": _array_sha256(who.mask)}
+    return {**who.subject.source, "head": (who.head or who.subject.head).numbers(), **mask}
+
+
+def _array_sha256(array: np.ndarray | None) -> str | None:
+    return None if array is None else hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

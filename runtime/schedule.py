@@ -20,6 +20,7 @@ class Schedule:
     kind: str = "ddim"  # one of SCHEDULES
     steps: int = 20
     guidance: float = 7.0
+    identity_guidance: float = 1.0
     beta_start: float = 0.00085
     beta_end: float = 0.012
     train_steps: int = 1000

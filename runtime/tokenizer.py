@@ -47,22 +47,35 @@ class Tokenizer:
 
         What does not fit is cut off with a warning that quotes it. Raises BadInput for more than 5,000 characters.
         """
-        tokens, room = self.tokens(text), chunks * WINDOW
-        if len(tokens) > room:
-            warnings.warn(f"the prompt has {len(tokens)} tokens, {room} are read; left out: "
-                          f"{self.decode(tokens[room:])!r}", stacklevel=2)
+        room = chunks * WINDOW
+        tokens = self.cut(self.tokens(text), room)
         ids = np.full((chunks, TEXT_TOKENS), END, np.int64)
         ids[:, 0] = START
         for row, first in zip(ids, range(0, room, WINDOW), strict=True):
-            window = tokens[:room][first:first + WINDOW]
+            window = tokens[first:first + WINDOW]
             row[1:len(window) + 1] = window
         return ids.reshape(1, -1)
 
     def tokens(self, text: str) -> list[int]:
         """The text's own ids, without START, END and padding: as many as its length in tokens."""
+        return [token for word in self.words(self.clean(text)) for token in word]
+
+    def clean(self, text: str) -> str:
+        """The text as it is read; raises BadInput for more than 5,000 characters."""
         if len(text) > MAX_CHARACTERS:
             raise BadInput(f"the prompt has {len(text)} characters, at most {MAX_CHARACTERS} are read; shorten it")
-        return [token for word in _words(_clean(text)) for token in self._word_tokens(word)]
+        return _clean(text)
+
+    def words(self, cleaned: str) -> list[list[int]]:
+        """The ids of each word of a cleaned text; signs and single numerals are words, too."""
+        return [self._word_tokens(word) for word in _words(cleaned)]
+
+    def cut(self, tokens: list[int], room: int) -> list[int]:
+        """The first `room` tokens; a warning quotes what is left out."""
+        if len(tokens) > room:
+            warnings.warn(f"the prompt has {len(tokens)} tokens, {room} are read; left out: "
+                          f"{self.decode(tokens[room:])!r}", stacklevel=3)
+        return tokens[:room]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The cleaned text that these ids stand for."""

@@ -35,12 +35,13 @@ LAMP_PLACE = (0.0, 30.0)  # azimuth and elevation where only its colour or stren
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """What is read: photos, and the numbers of --pose-code."""
+    """What is read for one person: photos, and the numbers of heads."""
 
     photo: Photo
     pose: Photo | None
     light: Photo | None
     pose_numbers: object | None
+    head_numbers: object | None = None  # of a recipe: the whole head, as it was drawn
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,20 @@ class StoreGiven(argparse.Action):
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags for photo, head, light, bundle and renderer."""
     parser.usage = "%(prog)s PHOTO [options]"
+    add_person_flags(parser)
+    group = parser.add_argument_group("machine")
+    group.add_argument("--bundle", type=Path, metavar="DIR", help="folder of a bundle (default: the embedded one)")
+    add_machine_flags(group)
+    group.add_argument("--head", metavar="NAME|FILE", help="head model, as 'caphuman head list' names them (default: "
+                       "the bundle's)")
+    group.add_argument("--renderer", choices=("auto", "gl", "numpy"), default="auto",
+                       help="what draws the head (default: auto, which is gl where that runs)")
+    group.add_argument("--detector", choices=("landmarker", "insight"), default="landmarker", help="what finds faces: "
+                       "insight is InsightFace's SCRFD, of a model pack of yours (default: landmarker)")
+
+
+def add_person_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags for one person's photo, head and light."""
     _add_photo_flags(parser.add_argument_group("photo"))
     _add_pose_flags(parser.add_argument_group("head of another photo", "What to take from it replaces the photo's."))
     _add_head_flags(parser.add_argument_group("head", "Sliders, applied last. Left and right in names are the "
@@ -71,13 +86,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     _add_light_flags(parser.add_argument_group("light", "The photo's own, unless a lamp, another photo's or "
                                                "coefficients replace it."))
     parser.set_defaults(**CONTROLS)
-    group = parser.add_argument_group("machine")
-    group.add_argument("--bundle", type=Path, metavar="DIR", help="folder of a bundle (default: the embedded one)")
-    add_machine_flags(group)
-    group.add_argument("--renderer", choices=("auto", "gl", "numpy"), default="auto",
-                       help="what draws the head (default: auto, which is gl where that runs)")
-    group.add_argument("--detector", choices=("landmarker", "insight"), default="landmarker", help="what finds faces: "
-                       "insight is InsightFace's SCRFD, of a model pack of yours (default: landmarker)")
 
 
 def open_pipeline(bundle: Path | None = None, machine: Machine | None = None,
@@ -95,9 +103,12 @@ def open_pipeline(bundle: Path | None = None, machine: Machine | None = None,
     return pipe
 
 
-def check_controls(pipe: Pipeline, args: argparse.Namespace) -> None:
-    """Try the controls on the mean head: a misspelt name should not cost the reading of the photos."""
-    if args.modes is not None and not (args.pose or args.pose_code):
+def check_controls(pipe: Pipeline, args: argparse.Namespace, scene: bool = False) -> None:
+    """Try the controls on the mean head: a misspelt name should not cost the reading of the photos.
+
+    `scene`: whether there is a photo to draw over, whose head is taken.
+    """
+    if args.modes is not None and not (args.pose or args.pose_code or scene):
         raise BadInput(f"--modes {args.modes} says what to take from another head; add --pose or --pose-code, or leave "
                        "it out")
     for flag, face, source, photo in (("--pose-face", args.pose_face, "--pose", args.pose),
@@ -123,20 +134,25 @@ def load_sources(args: argparse.Namespace) -> Sources:
                    head_numbers(args.pose_code) if args.pose_code else None)
 
 
-def find_heads(pipe: Pipeline, sources: Sources, args: argparse.Namespace) -> Seen:
-    """The person in the photo, and the head to draw."""
+def find_heads(pipe: Pipeline, sources: Sources, args: argparse.Namespace, scene: Subject | None = None) -> Seen:
+    """The person in the photo, and the head to draw; it follows `scene`'s unless another is named."""
     target = pose = None
     if sources.pose_numbers is not None:
         target = _code_of(pipe, sources.pose_numbers, args.pose_code)
-    with _naming(args.photo, "--face"):
+    with naming(args.photo, "--face"):
         subject = pipe.perceive(sources.photo, args.face, args.fit)
     if sources.pose is not None:
-        with _naming(args.pose, "--pose-face"):
+        with naming(args.pose, "--pose-face"):
             pose = pipe.perceive(sources.pose, args.pose_face, args.fit)
         target = pose.head
-    head = subject.head if target is None else mix(subject.head, target, _modes(args))
+    if sources.head_numbers is not None:
+        head = _code_of(pipe, sources.head_numbers, args.recipe)
+    elif target is None and scene is not None:
+        head = mix(subject.head, scene.head, args.modes or "all")
+    else:
+        head = subject.head if target is None else mix(subject.head, target, _modes(args))
     if sources.light is not None:
-        with _naming(args.light_from, "--light-face"):
+        with naming(args.light_from, "--light-face"):
             head = mix(head, pipe.perceive(sources.light, args.light_face, args.fit).head, "lighting")
     return Seen(subject, pose, slide(head, args))
 
@@ -192,8 +208,6 @@ def _add_pose_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_head_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--head", metavar="NAME|FILE", help="head model, as 'caphuman head list' names them (default: "
-                       "the bundle's)")
     group.add_argument("--yaw", type=number(-180.0, 180.0), metavar="DEG",
                        help="turn to this angle, 0 is frontal, + to image right")
     group.add_argument("--pitch", type=number(-90.0, 90.0), metavar="DEG", help="nod to this angle, + up")
@@ -242,7 +256,7 @@ def _code_of(pipe: Pipeline, numbers: object, file: Path) -> HeadCode:
 
 
 @contextmanager
-def _naming(photo: Path, flag: str) -> Iterator[None]:
+def naming(photo: Path, flag: str) -> Iterator[None]:
     """Add to errors and notices about faces which photo they are about, and which flag chooses a face in it."""
     def named(message: object) -> str:
         return f"{photo}: {str(message).replace('--face', flag)}"

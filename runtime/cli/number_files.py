@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from ..image import read_metadata
+from ..image import PICTURES, read_metadata
+from ..recipe import KEY
 
 LARGEST_TEXT = 1_000_000  # bytes or characters; a head's numbers are a few thousand
 LIGHT_COEFFICIENTS, LARGEST_COEFFICIENT = 27, 100.0
@@ -15,7 +16,9 @@ LIGHT_COEFFICIENTS, LARGEST_COEFFICIENT = 27, 100.0
 
 def head_numbers(path: Path) -> object:
     """A head as `HeadCode.numbers` wrote it: out of what `preview --json` printed, or out of a portrait's recipe."""
-    report = _parsed(path, read_metadata(path, "caphuman") if path.suffix.lower() == ".png" else _text(path))
+    report = _parsed(path, read_metadata(path, KEY) if path.suffix.lower() in PICTURES else _text(path))
+    if isinstance(report, dict) and isinstance(people := report.get("people"), list) and people:
+        report = people[0]  # the first of a portrait's
     if not isinstance(report, dict) or "head" not in report:
         raise BadInput(f"{path} holds no head, expected what 'caphuman preview --json' printed, or a portrait that "
                        "'caphuman generate' made")

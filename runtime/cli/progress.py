@@ -3,7 +3,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from ..pipeline import Step
+from ..portrait import Step
 
 WIDTH = 30  # characters
 

@@ -5,6 +5,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from ..contract import RESIDUALS
+from ..image import PICTURES
+
 
 def number(low: float, high: float) -> Callable[[str], float]:
     """A number in a range; NaN is in none."""
@@ -38,6 +41,25 @@ def strength(text: str) -> tuple[str, float]:
     return name, float(value)
 
 
+def strengths(text: str) -> float | tuple[float, ...]:
+    """One number from 0 to 2, or 13 with commas between."""
+    values = tuple(_float(part) for part in text.split(","))
+    if len(values) not in (1, RESIDUALS) or not all(0 <= value <= 2 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 to 2 nor {RESIDUALS} of them with "
+                                         "commas between")
+    return values[0] if len(values) == 1 else values
+
+
+def size(text: str) -> tuple[int, int]:
+    """`WxH` in pixels, or one number for a square: 256 to 1024 in steps of 64."""
+    found = re.fullmatch(r"(\d{3,4})(?:x(\d{3,4}))?", text)
+    width, height = (int(edge) for edge in (found[1], found[2] or found[1])) if found else (0, 0)
+    if not all(256 <= edge <= 1024 and edge % 64 == 0 for edge in (width, height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, expected such as 512x768: 256 to 1024 px in steps of "
+                                         "64")
+    return width, height
+
+
 def direction(text: str) -> tuple[float, float]:
     """`azimuth,elevation` in degrees."""
     angles = [_float(part) for part in text.split(",")]
@@ -56,6 +78,13 @@ def colour(text: str) -> tuple[float, float, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is neither #rrggbb nor red,green,blue from 0 to 1, "
                                          "such as 1,0.8,0.6")
     return parts[0], parts[1], parts[2]
+
+
+def picture(text: str) -> Path:
+    """The path of a portrait to write: PNG, JPEG or WebP."""
+    if Path(text).suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not named {', '.join(PICTURES)}, which is what is written")
+    return Path(text)
 
 
 def png(text: str) -> Path:

@@ -70,9 +70,12 @@ class HeadCode:
                    np.zeros(layout.texture_count), np.zeros(6), camera, directional_light(0.0, 30.0))
 
     def numbers(self) -> dict[str, list[Any]]:
-        """Every array as nested lists, rounded to 6 digits, for JSON; all of the code but its layout."""
+        """Every array as nested lists for JSON; all of the code but its layout.
+
+        The shortest decimals that give the same float32 again.
+        """
         arrays = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "layout"}
-        return {name: np.round(array.astype(np.float64), 6).tolist() for name, array in arrays.items()}
+        return {name: array.astype(str).astype(np.float64).tolist() for name, array in arrays.items()}
 
     @classmethod
     def from_numbers(cls, layout: HeadLayout, numbers: object) -> "HeadCode":

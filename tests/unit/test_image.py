@@ -1,16 +1,29 @@
 """Photos of every kind come in as upright RGB or are refused in one line; portraits go out whole or not at all."""
 import io
 import struct
+import xml.etree.ElementTree as ElementTree
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from caphuman_edge.runtime.errors import BadImage, BadInput
-from caphuman_edge.runtime.image import load_photo, resize, save_png
+from caphuman_edge.runtime.image import (
+    JPEG_SEGMENT,
+    LARGEST_METADATA,
+    PICTURES,
+    load_photo,
+    read_metadata,
+    resize,
+    save_picture,
+    save_png,
+)
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
+TEXTS = {"caphuman": '{"prompt": "a caf\u00e9 \u2603 \U0001f600", "seed": 7}', "AI-generated": "true"}
+SUFFIXES = sorted(PICTURES)
 
 
 def two_colours(mode: str = "RGB") -> Image.Image:
@@ -159,12 +172,13 @@ def test_saving_replaces_an_older_portrait_and_leaves_no_scratch(tmp_path):
 def test_a_failed_save_keeps_the_older_portrait(tmp_path, monkeypatch):
     save_png(tmp_path / "out.png", np.full((64, 64, 3), 1, np.uint8))
 
-    def full_disk(self, stream, **settings):
-        stream.write_bytes(b"half a picture")
+    def full_disk(self, data):
+        with self.open("wb") as file:
+            file.write(data[:9])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full_disk)
-    with pytest.raises(BadInput, match="No space left on device"):
+    with monkeypatch.context() as patched, pytest.raises(BadInput, match="No space left on device"):
+        patched.setattr(Path, "write_bytes", full_disk)
         save_png(tmp_path / "out.png", np.full((64, 64, 3), 2, np.uint8))
     np.testing.assert_array_equal(load_photo(tmp_path / "out.png"), 1)
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
@@ -178,6 +192,123 @@ def test_a_place_that_cannot_hold_a_portrait_is_refused(tmp_path, name, match):
     (tmp_path / "there.png").mkdir()
     with pytest.raises(BadInput, match=match):
         save_png(tmp_path / name, np.zeros((64, 64, 3), np.uint8))
+
+
+def smooth() -> np.ndarray:
+    """64 x 80 px, a ramp in each channel: what lossy formats keep well."""
+    rows, columns = np.mgrid[:64, :80]
+    return np.stack([3 * rows, 3 * columns, 255 - 2 * rows], axis=2).astype(np.uint8)
+
+
+def xmp_of(path: Path) -> str:
+    """The XMP packet as other programs find it: by Pillow in PNG and WebP, in a JPEG by its segment."""
+    if path.suffix in (".jpg", ".jpeg"):
+        data, place = path.read_bytes(), 2
+        while data[place:place + 2] != b"\xff\xda":
+            length = int.from_bytes(data[place + 2:place + 4], "big")
+            name, _, packet = data[place + 4:place + 2 + length].partition(b"\0")
+            if name == b"http://ns.adobe.com/xap/1.0/":
+                return packet.decode()
+            place += 2 + length
+        return ""
+    with Image.open(path) as picture:
+        packet = picture.info["XML:com.adobe.xmp" if path.suffix == ".png" else "xmp"]
+        return packet if isinstance(packet, str) else packet.decode()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_portrait_comes_back_from_every_format_with_its_texts(tmp_path, suffix):
+    path = tmp_path / f"out{suffix}"
+    save_picture(path, smooth(), TEXTS)
+    np.testing.assert_allclose(load_photo(path).astype(int), smooth(), atol=0 if suffix == ".png" else 9)
+    assert {key: read_metadata(path, key) for key in TEXTS} == TEXTS
+    assert read_metadata(path, "other") == ""
+    with Image.open(path) as picture:
+        assert picture.format == PICTURES[suffix]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_portrait_says_in_iptcs_terms_that_it_is_ai_generated(tmp_path, suffix):
+    path = tmp_path / f"out{suffix}"
+    save_picture(path, smooth())
+    packet = xmp_of(path)
+    assert packet.startswith("<?xpacket begin=") and packet.endswith('<?xpacket end="r"?>')
+    told = ElementTree.fromstring(packet).find(".//{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType")
+    assert told.text == "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+
+
+def test_pictures_that_are_no_portraits_say_nothing_of_ai(tmp_path):
+    save_png(tmp_path / "maps.png", smooth())
+    assert b"trainedAlgorithmicMedia" not in (tmp_path / "maps.png").read_bytes()
+
+
+def test_a_jpeg_keeps_its_colours_at_full_resolution(tmp_path):
+    save_picture(tmp_path / "out.jpg", smooth())
+    with Image.open(tmp_path / "out.jpg") as picture:
+        assert [part[1:3] for part in picture.layer] == [(1, 1)] * 3
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_capital_suffixes_and_lone_surrogates_do_not_lose_a_portrait(tmp_path, suffix):
+    path = tmp_path / f"OUT{suffix.upper()}"
+    save_picture(path, smooth(), {"prompt": "bad \udcff byte"})
+    assert read_metadata(path, "prompt") == "bad ? byte"
+
+
+def test_a_jpeg_refuses_more_metadata_than_a_segment_holds(tmp_path):
+    save_picture(tmp_path / "out.jpg", smooth(), {"caphuman": "x" * (JPEG_SEGMENT - 200)})
+    assert len(read_metadata(tmp_path / "out.jpg", "caphuman")) == JPEG_SEGMENT - 200
+    with pytest.raises(BadInput, match="of a JPEG at most 65533; name it .png or .webp"):
+        save_picture(tmp_path / "more.jpg", smooth(), {"caphuman": "x" * JPEG_SEGMENT})
+    assert not (tmp_path / "more.jpg").exists()
+    save_picture(tmp_path / "more.webp", smooth(), {"caphuman": "x" * JPEG_SEGMENT})
+    assert len(read_metadata(tmp_path / "more.webp", "caphuman")) == JPEG_SEGMENT
+
+
+@pytest.mark.parametrize("name", ["out.gif", "out", "out.txt"])
+def test_a_portrait_of_another_kind_is_refused_with_the_kinds_that_there_are(tmp_path, name):
+    with pytest.raises(BadInput, match=r"are .png, .jpg, .jpeg, .webp files, not .*: name it .*out.png"):
+        save_picture(tmp_path / name, smooth())
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_too_long_a_text_of_a_strangers_is_refused(tmp_path, suffix, monkeypatch):
+    save_picture(tmp_path / f"out{suffix}", smooth(), {"caphuman": "x" * 500})
+    monkeypatch.setattr("caphuman_edge.runtime.image.LARGEST_METADATA", 499)
+    with pytest.raises(BadImage, match="holds 500 characters under 'caphuman', expected at most 499"):
+        read_metadata(tmp_path / f"out{suffix}", "caphuman")
+    assert LARGEST_METADATA > 100 * 5_000  # a hundred people's heads
+
+
+@pytest.mark.parametrize("comment", [
+    b"ASCII\0\0\0Canon", b"ASCII\0\0\0[1, 2]", b"ASCII\0\0\0" + b"[" * 50_000, b"UNICODE\0{", b"", b"\0" * 8,
+    b'ASCII\0\0\0{"caphuman": 1}', b'{"caphuman": "x"}', b'ASCII\0\0\0{"caphuman": ["x"]}',
+])
+def test_comments_of_cameras_and_strangers_are_no_metadata_of_ours(tmp_path, comment):
+    exif = Image.Exif()
+    exif[0x8769] = {0x9286: comment}
+    two_colours().save(tmp_path / "photo.jpg", exif=exif)
+    assert read_metadata(tmp_path / "photo.jpg", "caphuman") == ""
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_metadata_of_an_altered_file_are_read_or_refused_never_a_traceback(tmp_path, suffix):
+    rng, seen = np.random.default_rng(0), set[str]()
+    save_picture(tmp_path / f"out{suffix}", smooth(), TEXTS)
+    whole = (tmp_path / f"out{suffix}").read_bytes()
+    start = 0 if suffix != ".webp" else len(whole) - 1400  # where a WebP has its metadata
+    for _ in range(300):
+        data = bytearray(whole)
+        for position in rng.integers(start, min(len(data), start + 1400), 3):
+            data[position] = rng.integers(0, 256)
+        (tmp_path / "altered").write_bytes(data)
+        try:
+            seen.add(read_metadata(tmp_path / "altered", "caphuman"))
+        except BadImage as error:
+            assert "\n" not in str(error)
+            seen.add(str(error))
+    assert len(seen) > 2  # what was altered are the metadata
 
 
 def test_resize_averages_what_it_merges():
