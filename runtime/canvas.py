@@ -15,8 +15,8 @@ from .image import resize
 from .schedule import DdimStep
 
 MARGIN = 0.1  # of the frame's height: hair and shadow around a head that is drawn bald
-FEATHER = 0.02  # of the frame's height: the seam's width
-CELL = 8  # px of a latent's cell
+FEATHER = 0.03  # of the frame's height: the seam's width
+TWO_SIGMA = 0.023  # what a blurred half-plane keeps two standard deviations beyond its edge
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +67,9 @@ class Known:
 def head_mask(silhouettes: Iterable[Float32[np.ndarray, "9 h w"]]) -> Float32[np.ndarray, "h w"]:
     """Where any of these heads' maps show something, and a margin around: 0 or 1."""
     covered = np.any([maps.any(axis=0) for maps in silhouettes], axis=0)
-    reach = round(MARGIN * len(covered))
-    return _grown(covered.astype(np.float32), reach)
+    blur = ImageFilter.GaussianBlur(MARGIN * len(covered) / 2)
+    near = np.asarray(Image.fromarray(_bytes(covered.astype(np.float32))).filter(blur)) > 255 * TWO_SIGMA
+    return (covered | near).astype(np.float32)
 
 
 def drawn_cells(mask: Float32[np.ndarray, "h w"] | None, rows: int, columns: int) -> Bool[np.ndarray, "rows columns"]:
@@ -80,16 +81,12 @@ def drawn_cells(mask: Float32[np.ndarray, "h w"] | None, rows: int, columns: int
 
 
 def _soft(mask: Float32[np.ndarray, "h w"]) -> Float32[np.ndarray, "h w"]:
-    """The mask with a seam outside of it; exactly 0 beyond the seam."""
+    """The mask with a seam outside of it, exactly 0 beyond; towards the frame's border, where it ends, it fades."""
     reach = max(1, round(FEATHER * len(mask)))
-    grown = Image.fromarray(_bytes(_grown(mask, reach)))
+    grown = Image.fromarray(_bytes(mask)).filter(ImageFilter.MaxFilter(2 * reach + 1))
     blurred = np.asarray(grown.filter(ImageFilter.BoxBlur(reach)), np.float32) / 255
-    return np.maximum(blurred, mask)
-
-
-def _grown(mask: Float32[np.ndarray, "h w"], reach: int) -> Float32[np.ndarray, "h w"]:
-    """The largest value within `reach` pixels, in a square."""
-    return np.asarray(Image.fromarray(_bytes(mask)).filter(ImageFilter.MaxFilter(2 * reach + 1)), np.float32) / 255
+    inwards = [np.minimum(np.arange(edge), np.arange(edge)[::-1]) / (2 * reach) for edge in mask.shape]
+    return np.minimum(np.maximum(blurred, mask), np.minimum(inwards[0][:, None], inwards[1])).astype(np.float32)
 
 
 def _stretched(mask: Float32[np.ndarray, "h w"], height: int, width: int) -> Float32[np.ndarray, "height width"]:

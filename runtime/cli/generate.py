@@ -1,7 +1,7 @@
 """`caphuman generate`: a portrait of the people in photos, with the heads and the prompt that are asked for."""
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..errors import BadInput
 from ..image import save_picture
 from ..perceive import Subject
 from ..pipeline import Pipeline
-from ..portrait import AI_GENERATED, Portrait
+from ..portrait import AI_GENERATED, Portrait, Step
 from ..request import Person, Settings
 from ..safety import Check, load_check, require_safe
 from ..sheet import Tile, contact_sheet, map_tiles
@@ -25,6 +25,8 @@ from .output import check_apart, check_writable, make_folder, portrait_files
 from .progress import shown
 from .report import add_json_flag, show
 from .values import picture, whole
+
+Watch = Callable[[Iterator[Step], str], Iterator[Step]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +71,12 @@ def opened(args: argparse.Namespace) -> Pipeline:
 
 
 def make(args: argparse.Namespace, open_pipe: Callable[[], AbstractContextManager[Pipeline]],
-         mark: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+         mark: dict[str, Any] | None = None, watch: Watch = shown) -> list[dict[str, Any]]:
     """Check all that can be checked at once, then look at the photos, then draw; gives each file and its recipe.
 
     Settings are checked before any photo is measured, so that a slip costs no time. `open_pipe` is called once files
-    and folders are known to be good. `mark` is added to every recipe.
+    and folders are known to be good. `mark` is added to every recipe. `watch` passes each portrait's steps on and
+    shows how far it is, under its file's name.
     """
     files, crowd = portrait_files(args.out, args.count), people.crowd(args)
     told = remake.fill_in(args, crowd) if args.recipe else None
@@ -95,7 +98,7 @@ def make(args: argparse.Namespace, open_pipe: Callable[[], AbstractContextManage
         drawn = dataclasses.replace(_drawn(pipe, crowd, seen, read, scene, args), safety=safety)
         if told:
             drawn = dataclasses.replace(drawn, controls=remake.controls_of(told, sources, drawn.controls))
-        portraits = draw_all(pipe, drawn, dict(zip(files, settings, strict=True)), mark or {}, args)
+        portraits = draw_all(pipe, drawn, dict(zip(files, settings, strict=True)), mark or {}, args, watch)
     return [{"file": str(file), "recipe": portrait.recipe} for file, portrait in zip(files, portraits, strict=True)]
 
 
@@ -109,11 +112,11 @@ def chosen_settings(pipe: Pipeline, args: argparse.Namespace, people: int = 1) -
 
 
 def draw_all(pipe: Pipeline, drawn: Drawn, wanted: dict[Path, Settings], mark: dict[str, Any],
-             args: argparse.Namespace) -> list[Portrait]:
+             args: argparse.Namespace, watch: Watch = shown) -> list[Portrait]:
     """Draw and write a portrait for each file, then the sheet if one is asked for."""
     portraits: list[Portrait] = []
     for file, settings in wanted.items():
-        portraits.append(draw(pipe, drawn, settings, file.name, mark, args.preview))
+        portraits.append(draw(pipe, drawn, settings, file.name, mark, args.preview, watch))
         make_folder(file.parent)
         portraits[-1].save(file)
     if args.sheet:
@@ -123,13 +126,13 @@ def draw_all(pipe: Pipeline, drawn: Drawn, wanted: dict[Path, Settings], mark: d
 
 
 def draw(pipe: Pipeline, drawn: Drawn, settings: Settings, label: str, mark: dict[str, Any],
-         preview: Path | None = None) -> Portrait:
+         preview: Path | None = None, watch: Watch = shown) -> Portrait:
     """One portrait, behind a progress bar; its recipe also tells the controls that made each head.
 
     Raises Refused where the safety check turns it down.
     """
     steps = pipe.generate(drawn.people, settings=settings, canvas=drawn.canvas, control=drawn.control)
-    for last in shown(steps, label):
+    for last in watch(steps, label):
         if preview:
             make_folder(preview.parent)
             save_picture(preview, last.preview(), AI_GENERATED)

@@ -1,6 +1,7 @@
 """The settings of the picture as flags, and what they stand for."""
 import argparse
 import dataclasses
+import secrets
 from pathlib import Path
 
 from ..errors import BadInput
@@ -9,6 +10,8 @@ from ..request import Settings
 from ..schedule import SCHEDULES
 from .styles import apply_style
 from .values import size, strengths
+
+RANDOM = -1  # as a seed
 
 
 def add_flags(group: argparse._ArgumentGroup) -> None:
@@ -35,13 +38,16 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tau", type=int, default=unset.tau, metavar="T",
                        help="leave the person out at timesteps above it; 0 never does (default)")
     group.add_argument("--eta", type=float, default=unset.eta, metavar="E", help="fresh noise a step, 0 (default) to 1")
-    group.add_argument("--seed", type=int, default=unset.seed, metavar="N", help="of the noise (default: %(default)d)")
+    group.add_argument("--seed", type=int, default=unset.seed, metavar="N", help="of the noise; -1 for a random one, "
+                       "which the recipe tells (default: %(default)d)")
     group.add_argument("--size", type=size, metavar="WxH", help="px; a bundle has the one that it was built for")
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that the flags stand for; the pipeline checks their ranges."""
     given = {field.name: vars(args)[field.name] for field in dataclasses.fields(Settings)}
+    if args.seed == RANDOM:
+        given["seed"] = secrets.randbelow(2**31)
     prompt, negative = ", ".join(filter(None, (args.prompt, args.added))), args.negative
     if args.style is not None:
         prompt, negative = apply_style(args.style, prompt, negative, args.styles)
