@@ -35,7 +35,7 @@ clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache $(VENV)
 
 $(VENV)/.demo: EXTRAS := gl
-$(VENV)/.test: EXTRAS := gl,openvino,coreml,export,dev
+$(VENV)/.test: EXTRAS := gl,openvino,coreml,export,batch,dev
 # build/ goes first: setuptools packs whatever an earlier build left there.
 $(VENV)/.demo $(VENV)/.test: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

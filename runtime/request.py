@@ -1,6 +1,7 @@
 """What is asked for: who is to be seen, and the settings of the picture."""
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -47,8 +48,8 @@ def complete(settings: Settings, schedule: Schedule, canvas: bool = False) -> Se
     """The settings with the bundle's defaults filled in, checked. Raises BadInput for one out of range."""
     defaults = {"steps": schedule.steps, "guidance": schedule.guidance,
                 "identity_guidance": schedule.identity_guidance, "denoise": REPAINT if canvas else 1.0}
-    chosen = dataclasses.replace(settings, **{name: value for name, value in defaults.items()
-                                              if getattr(settings, name) is None})
+    unset: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
+    chosen = dataclasses.replace(settings, **unset)
     for name, (low, high) in RANGES.items():
         value = getattr(chosen, name)
         if not low <= value <= high:  # also refuses NaN

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO
 from ..errors import BadInput, CapHumanError
 
 GROUP = "caphuman.commands"
-BUILT_IN = ("generate", "preview", "head", "inspect", "verify", "doctor")
+BUILT_IN = ("generate", "batch", "preview", "head", "recipe", "inspect", "verify", "doctor")
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit codes; the latter two as shells have them: 128 + signal
 
 

@@ -98,9 +98,10 @@ def control(pipe: Pipeline, frames: Frames, heads: Sequence[HeadCode],
         parts.append(resize(frames.control, config.height, config.width, "bilinear"))
     if args.control_face:
         parts += [pipe.landmarks(head) for head in heads]
-    return np.sum([part.astype(np.float32) / 255 for part in parts], axis=0, dtype=np.float32) if parts else None
+    return np.asarray(sum(part.astype(np.float32) / 255 for part in parts)) if parts else None
 
 
 def load_mask(picture: UInt8[np.ndarray, "_ _ 3"], height: int, width: int) -> Float32[np.ndarray, "height width"]:
     """A picture as a mask of the frame, stretched over it: white is 1."""
-    return np.asarray(resize(picture, height, width, "area").mean(axis=2, dtype=np.float32) / 255)
+    grey = resize(picture, height, width, "area").mean(axis=2, dtype=np.float32)
+    return np.asarray(grey / 255)
