@@ -12,7 +12,7 @@ from caphuman_edge.export.host_configs import FILE as CONFIG
 from caphuman_edge.export.host_configs import write_config
 from caphuman_edge.export.onnx_writer import WEIGHTS
 from caphuman_edge.export.parts import FACTS, Part
-from caphuman_edge.export.stages import COREML_FILE, MOBILE_FILE, OPENVINO_FILE, Job, Options, folder_of, onnx_file
+from caphuman_edge.export.stages import COREML_FILE, MOBILE_FILE, OPENVINO_FILE, Job, Options
 from caphuman_edge.runtime.backends import open_backend
 from caphuman_edge.runtime.bundle import record_files
 from caphuman_edge.runtime.contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS, Config, GraphSpec, graphs
@@ -28,11 +28,11 @@ def publish(folder: Path, done: Mapping[Job, Part], config: Config, options: Opt
     specs, forms = graphs(config), dict[str, dict[str, Form]]()
     for kind in options.formats:
         for name in options.graphs_in(kind):
-            place = folder_of(name) if kind == "onnx" else name
+            place = options.folder_of(kind, name)
             part, parity = done[kind, place], done[f"{kind} check", name].facts
             _link_tree(part.folder, folder / place)
             write_config(name, config, folder / place)
-            path, stored = _form_files(folder / place, kind, name)
+            path, stored = _form_files(folder / place, kind, options.onnx_file(name))
             forms.setdefault(name, {})[kind] = Form(
                 path.relative_to(folder).as_posix(), record_files(folder, stored), part.facts["precision"],
                 {"psnr_db": _worst(parity), **parity})
@@ -90,12 +90,12 @@ def _worst(parity: Mapping[str, float]) -> float:
     return min(decibels for name, decibels in parity.items() if not name.startswith(GATE))
 
 
-def _form_files(place: Path, kind: str, graph: str) -> tuple[Path, list[Path]]:
+def _form_files(place: Path, kind: str, onnx_file: str) -> tuple[Path, list[Path]]:
     """What loads a graph, of those in its folder, and all that it consists of."""
     if kind == "coreml":
         found = packages(place / COREML_FILE)
         return (found[0] if len(found) == 1 else place), found  # who loads a folder runs its chunks in turn
-    path = place / (onnx_file(graph) if kind == "onnx" else {"openvino": OPENVINO_FILE, "ort": MOBILE_FILE}[kind])
+    path = place / {"onnx": onnx_file, "openvino": OPENVINO_FILE, "ort": MOBILE_FILE}[kind]
     beside = {"onnx": place / WEIGHTS, "openvino": path.with_suffix(".bin")}.get(kind, path)
     return path, [file for file in dict.fromkeys((path, beside, place / CONFIG)) if file.exists()]
 

@@ -39,6 +39,8 @@ def _add_sources(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--backbone", type=Path, metavar="FILE", help="a Stable Diffusion 1.5 checkpoint of any style, "
                        "or a diffusers folder; its UNet, text encoder and autoencoder take the place of caphuman's")
     group.add_argument("--vae", type=Path, metavar="FILE", help="an autoencoder that takes the place of the backbone's")
+    group.add_argument("--controlnet", metavar="FILE", help="a ControlNet for Stable Diffusion 1.5, such as OpenPose, "
+                       "to act beside CapFace; or a diffusers folder, or, with --random-weights, `random`")
     group.add_argument("--lora", type=_lora, action="append", default=[], metavar="FILE[:SCALE]",
                        help="a LoRA to fuse, kohya's or diffusers' format; may be given several times")
     group.add_argument("--facenet", type=Path, metavar="FILE", help="FaceNet: 20180402-114759-vggface2.pt, or "
@@ -62,13 +64,16 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the bundle to write")
     group.add_argument("--overwrite", action="store_true", help="replace a bundle that is there, once the new one is "
                        "whole")
+    group.add_argument("--like", type=Path, action="append", default=[], metavar="BUNDLE", help="a bundle of yours "
+                       "whose graphs are kept where they would be made again as they are, such as all but the UNet's "
+                       "for another backbone; files are shared by hard links; may be given several times")
     group.add_argument("--format", type=_formats, default=("onnx",), metavar="F,..", dest="formats",
                        help=f"one or several of {', '.join(FORMATS)}; ort is ONNX Runtime Mobile's (default: onnx)")
     group.add_argument("--precision", choices=("f16", "f32"), default="f16",
                        help="of the stored weights; for Core ML of its arithmetic, too (default: f16)")
     group.add_argument("--denoiser", choices=("fused", "split", "both"), default="fused",
                        help="one graph, which is fast (default), or CapFace and UNet apart, for less memory; Core ML "
-                       "takes them apart always")
+                       "takes them apart always, and a ControlNet needs them apart, too")
     group.add_argument("--size", type=_size, default=None, metavar="WxH",
                        help="of the portraits, px, 256 to 1024 in steps of 64 (default: 512x512)")
     group.add_argument("--phone", action="store_true", help="Core ML packages for phones: the Neural Engine's form of "

@@ -20,6 +20,7 @@ from caphuman_edge.runtime.errors import CheckpointError
 from caphuman_edge.runtime.head.library import find_head
 from caphuman_edge.runtime.schedule import Schedule
 
+RANDOM_CONTROLNET = "random"  # what --controlnet says with --random-weights
 FETCHED = ("caphuman", "backbone", "facenet")
 RANDOM = {"nano": NANO, "full": FULL}  # the choices of --random-weights
 Report = Callable[[str], None]
@@ -53,13 +54,15 @@ def random_folder(out: Path) -> Path:
 
 def _random(args: argparse.Namespace, config: Config, report: Report) -> tuple[WeightFiles, list[Measure]]:
     """Checkpoints in the official layout, written beside the bundle, to be read back as a user's would be."""
-    home = random_folder(args.out)
-    folder, scratch = home / f"{args.random_weights}-{args.seed}", home / "writing"
+    home, control = random_folder(args.out), args.controlnet == RANDOM_CONTROLNET
+    name = f"{args.random_weights}-{args.seed}" + ("-controlnet" if control else "")
+    folder, scratch = home / name, home / "writing"
     if not folder.is_dir():
         shutil.rmtree(home, ignore_errors=True)
-        write_checkpoints(scratch, config, args.seed, report)
+        write_checkpoints(scratch, config, args.seed, report, controlnet=control)
         scratch.rename(folder)
-    files = WeightFiles(folder / "caphuman.ckpt", folder / "v1-5.safetensors", folder / "vae.safetensors")
+    files = WeightFiles(folder / "caphuman.ckpt", folder / "v1-5.safetensors", folder / "vae.safetensors",
+                        folder / "controlnet.safetensors" if control else None)
     return files, [random_identity(config, folder, args.seed)]
 
 
@@ -75,7 +78,11 @@ def _weight_files(args: argparse.Namespace, fetched: Mapping[str, Path]) -> Weig
     caphuman, backbone = args.caphuman or fetched.get("caphuman"), args.backbone or fetched.get("backbone")
     if caphuman is None:
         raise CheckpointError("--caphuman is missing: name caphuman.ckpt, or add --fetch to get it from its authors")
-    return WeightFiles(caphuman, backbone, args.vae, loras=tuple(Lora(path, scale) for path, scale in args.lora))
+    controlnet = None if args.controlnet is None else Path(args.controlnet)
+    if controlnet and not controlnet.exists():
+        raise CheckpointError(f"{controlnet} does not exist, expected a ControlNet; check the path")
+    loras = tuple(Lora(path, scale) for path, scale in args.lora)
+    return WeightFiles(caphuman, backbone, args.vae, controlnet, loras)
 
 
 def _network_files(args: argparse.Namespace, fetched: Mapping[str, Path]) -> dict[str, Path]:

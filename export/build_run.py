@@ -7,24 +7,26 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from caphuman_edge.export.build_inputs import config_of, gather, random_folder
+from caphuman_edge.export.build_inputs import RANDOM_CONTROLNET, config_of, gather, random_folder
 from caphuman_edge.export.builder import build
 from caphuman_edge.export.coreml_writer import MAC, PHONE
 from caphuman_edge.export.mobile_writer import LARGEST
+from caphuman_edge.export.part_store import PartStore
 from caphuman_edge.export.preview import preview_of
 from caphuman_edge.export.random_weights import official_shapes
-from caphuman_edge.export.stages import Options
+from caphuman_edge.export.stages import CONVERTED, Options
 from caphuman_edge.runtime.backends import EXTRAS
 from caphuman_edge.runtime.bundle import Bundle, check_target
 from caphuman_edge.runtime.cli.inspect import facts, text
 from caphuman_edge.runtime.cli.report import show
 from caphuman_edge.runtime.contract import Config
 from caphuman_edge.runtime.errors import BadInput, MissingExtra
+from caphuman_edge.runtime.machine import FUSED, SPLIT
 from caphuman_edge.runtime.schedule import Schedule, timesteps
 
 PARAMETER_BYTES = {"onnx": 2, "openvino": 2, "coreml": 2, "ort": 4}  # on disk, with weights in halves
@@ -41,9 +43,11 @@ def run(args: argparse.Namespace) -> int:
     config = config_of(args)
     _check_mobile(options, config)
     _check_space(args.out, options, config, bool(args.random_weights))
+    store = PartStore(args.like)
     with _stoppable():
         model, sources = gather(args, config, schedule, _say)
-        build(model, preview_of(model.first_stage_model), sources, args.out, options, _say, consume=True)
+        build(model, preview_of(model.first_stage_model), sources, args.out, options, _say, consume=True,
+              store=store)
     shutil.rmtree(random_folder(args.out), ignore_errors=True)
     _say(f"built in {(time.monotonic() - started) / 60:.1f} minutes{_memory()}")
     show(facts(Bundle.open(args.out)), args.json, text)
@@ -53,8 +57,12 @@ def run(args: argparse.Namespace) -> int:
 def _options(args: argparse.Namespace) -> Options:
     if args.phone and "coreml" not in args.formats:
         raise BadInput(f"--phone is about Core ML, but --format is {','.join(args.formats)}; add coreml to it")
+    if args.controlnet is not None and (args.controlnet == RANDOM_CONTROLNET) != bool(args.random_weights):
+        raise BadInput(f"--controlnet is {args.controlnet}, expected {RANDOM_CONTROLNET} with --random-weights and a "
+                       "file or a folder without; change one of the two")
     coreml = dataclasses.replace(PHONE if args.phone else MAC, precision=args.precision)
-    return Options(args.formats, args.precision, args.denoiser != "split", args.denoiser != "fused", coreml)
+    return Options(args.formats, args.precision, args.denoiser != "split", args.denoiser != "fused", coreml,
+                   control=args.controlnet is not None)
 
 
 def _check_extras(formats: tuple[str, ...]) -> None:
@@ -70,7 +78,7 @@ def _schedule(args: argparse.Namespace) -> Schedule:
 
 def _check_mobile(options: Options, config: Config) -> None:
     """Raises BadInput where the denoiser's weights in 32 bits are more than the format takes."""
-    widest = 4 * sum(math.prod(shape) for name, shape in official_shapes(config).items() if name.startswith(DENOISER))
+    widest = 4 * _count(official_shapes(config), DENOISER)
     if "ort" in options.formats and widest > LARGEST:
         raise BadInput(f"format ort takes graphs of less than {LARGEST / 1e9:.1f} GB, this model's denoiser would have "
                        f"{widest / 1e9:.1f} GB; leave ort out of --format")
@@ -78,15 +86,22 @@ def _check_mobile(options: Options, config: Config) -> None:
 
 def _check_space(out: Path, options: Options, config: Config, random: bool) -> None:
     """Raises BadInput where the disk is too full for the bundle; its parts become the bundle, so they count once."""
-    parameters = sum(math.prod(shape) for shape in official_shapes(config).values())
-    wide = 2 if options.storage == "f32" else 1
-    held = sum(PARAMETER_BYTES[kind] for kind in {*options.formats, "onnx"})  # which the others are made of
-    needed = parameters * (held * wide + (RANDOM_BYTES if random else 0)) + SPARE_BYTES
+    shapes, wide = official_shapes(config, options.control), 2 if options.storage == "f32" else 1
+    again = _count(shapes, DENOISER) if {*FUSED, *SPLIT} <= {*options.graphs_in("onnx")} else 0
+    copies = {kind: _count(shapes) + (again if kind in CONVERTED else 0)  # in ONNX its forms share their weights
+              for kind in {*options.formats, "onnx"}}  # which the others are made of
+    held = wide * sum(PARAMETER_BYTES[kind] * count for kind, count in copies.items())
+    needed = held + (RANDOM_BYTES * _count(shapes) if random else 0) + SPARE_BYTES
     place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise BadInput(f"{place} has {free / 1e9:.1f} GB free, a build of {', '.join(options.formats)} takes about "
                        f"{needed / 1e9:.1f} GB; free some or build elsewhere")
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]], beginnings: tuple[str, ...] = ("",)) -> int:
+    """How many numbers the weights are whose names begin so."""
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(beginnings))
 
 
 @contextmanager

@@ -15,6 +15,9 @@ GRAPHS = {
     "unet": "UNet: the noise in the latent; once a step and guidance branch.",
     "unet_chunk1": "First half of the UNet; its outputs are inputs of unet_chunk2.",
     "unet_chunk2": "Second half of the UNet, after unet_chunk1: the noise in the latent.",
+    "control_encoder": "The ControlNet's picture to its hint; once a portrait.",
+    "controlnet": "ControlNet: 13 residuals; once a step and guidance branch.",
+    "vae_encoder": "A picture to the distribution of its latent; once a portrait that begins from one.",
     "vae_decoder": "The last latent to the portrait; once a portrait.",
     "preview_decoder": "A latent to a coarse picture at latent size; once a step, if at all.",
 }
@@ -25,7 +28,7 @@ TENSORS = {
     "maps": "Head maps, 3 channels each: normals -1 to 1, albedo and rendered 0 to about 1; 0 where no head is",
     "image_tokens": "last_hidden_state of image_encoder",
     "identity": "The face-recognition vector, of length 1",
-    "hint": "The encoded maps, to be given to every step",
+    "hint": "The encoded maps, or the encoded picture of a ControlNet, to be given to every step",
     "mask": "Probability, 0 to 1, that a latent cell belongs to the face",
     "face_tokens": "Projected image tokens, then one of the identity; zeros while they are held back (tau)",
     "latent": "The noisy latent, about -4 to 4",
@@ -36,10 +39,13 @@ TENSORS = {
     "hidden": "State between the halves of the UNet",
     "time": "Time features, between the halves of the UNet",
     "latent_sample": "A scaled latent, as the sampler leaves it, about -4 to 4",
+    "latent_parameters": "Mean of the scaled latent, about -4 to 4, then its log variance, about -30 to 0",
+    "image": "The ControlNet's picture, such as a drawn pose: RGB, 0 to 1",
     "sample": "RGB, about -1 to 1, not clamped",
 }
 GATE = "0 or 1 for every cell of this level, latent size / 2**level: mask > 0.5"
 RESIDUAL_OUT = "Raw residual: multiply by gate and scale, sum over people, give to unet under the same name"
+CONTROL_OUT = "Raw residual: multiply by its strength, add to capface's, give to unet under the same name"
 RESIDUAL_IN = "Residual, scaled, gated and summed over people; zeros without a face"
 SKIP = "State between the halves of the UNet"
 
@@ -53,7 +59,7 @@ def describe(description: Any, spec: GraphSpec, licence: str, stored: str, order
     metadata.userDefined.update({"caphuman.graph": spec.name.removesuffix(f"_chunk{package}"),
                                  "caphuman.precision": stored, "caphuman.chunk": f"{package}/{packages}"})
     _describe_tensors(description.input, spec.inputs, RESIDUAL_IN)
-    _describe_tensors(description.output, spec.outputs, RESIDUAL_OUT)
+    _describe_tensors(description.output, spec.outputs, CONTROL_OUT if spec.name == "controlnet" else RESIDUAL_OUT)
 
 
 def _describe_tensors(features: Iterable[Any], tensors: tuple[TensorSpec, ...], residual: str) -> None:

@@ -11,7 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from caphuman_edge.export.checkpoint_kinds import OTHER_INPUTS, family_of
-from caphuman_edge.export.diffusers_names import AUTOENCODER, OFFICIAL_PREFIX, TEXT_ENCODER, UNET, to_official
+from caphuman_edge.export.diffusers_names import (
+    AUTOENCODER,
+    CONTROLNET,
+    OFFICIAL_PREFIX,
+    TEXT_ENCODER,
+    UNET,
+    to_official,
+)
+from caphuman_edge.ref.caphuman import POSE_CHANNELS
 from caphuman_edge.ref.checkpoints import prefixed, read_checkpoint
 from caphuman_edge.runtime.contract import Config
 from caphuman_edge.runtime.errors import CheckpointError
@@ -21,6 +29,7 @@ STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 VARIANTS = ("", ".fp16")  # full precision first
 INDEXES = ("{stem}.safetensors.index{variant}.json", "{stem}{variant}.safetensors.index.json",
            "{stem}.bin.index{variant}.json", "{stem}{variant}.bin.index.json")
+CONTROLNET_CLASS = "ControlNetModel"
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}  # ours: diffusers'
 LARGEST_JSON = 10_000_000  # bytes
 
@@ -55,6 +64,24 @@ def read_vae(folder: Path, config: Config) -> Weights:
     if not inner.is_dir() and is_pipeline(folder):
         raise CheckpointError(f"{folder} holds no vae/, expected an autoencoder; pass a folder that has one")
     return read_part(AUTOENCODER, inner if inner.is_dir() else folder, config)
+
+
+def read_controlnet(folder: Path, config: Config) -> Weights:
+    """The ControlNet of its own folder (with config.json), or of a pipeline's.
+
+    Raises CheckpointError for what is no plain ControlNet of Stable Diffusion 1.x: another class of diffusers, another
+    family, blue first, or residuals that are averaged over the picture.
+    """
+    inner = folder / "controlnet"
+    if not inner.is_dir() and is_pipeline(folder):
+        raise CheckpointError(f"{folder} holds no controlnet/, expected a ControlNet; pass a folder that has one")
+    inner = inner if inner.is_dir() else folder
+    path = inner / "config.json"
+    kind = _read_json(path).get("_class_name", CONTROLNET_CLASS) if path.is_file() else CONTROLNET_CLASS
+    if kind != CONTROLNET_CLASS:
+        raise CheckpointError(f"{inner} holds a {kind!r:.80}, expected a {CONTROLNET_CLASS}; pass a ControlNet for "
+                              "Stable Diffusion 1.5")
+    return read_part(CONTROLNET, inner, config)
 
 
 def read_part(part: str, folder: Path, config: Config) -> Weights:
@@ -123,12 +150,15 @@ def _refuse_other_schedule(folder: Path, config: Config) -> None:
 def _refuse_other_settings(part: str, folder: Path, config: Config) -> None:
     path = folder / "config.json"
     settings = _read_json(path) if path.is_file() else {}
-    if part == UNET:
+    if part in (UNET, CONTROLNET):
         _refuse_other_unet(path, settings, config)
+    unet = {"attention_head_dim": config.unet.num_heads,  # diffusers' name for the number of heads
+            "num_attention_heads": config.unet.num_heads, "norm_num_groups": config.unet.norm_groups,
+            "use_linear_projection": False, "class_embed_type": None, "addition_embed_type": None}
     wanted: dict[str, dict[str, Any]] = {
-        UNET: {"attention_head_dim": config.unet.num_heads,  # diffusers' name for the number of heads
-               "num_attention_heads": config.unet.num_heads, "norm_num_groups": config.unet.norm_groups,
-               "use_linear_projection": False, "class_embed_type": None, "addition_embed_type": None},
+        UNET: unet,
+        CONTROLNET: {**unet, "conditioning_channels": POSE_CHANNELS, "global_pool_conditions": False,
+                     "controlnet_conditioning_channel_order": "rgb"},
         AUTOENCODER: {"latent_channels": config.vae.latent_channels, "scaling_factor": config.vae.latent_scale,
                       "norm_num_groups": config.vae.norm_groups},
         TEXT_ENCODER: {"num_attention_heads": config.text.heads, "hidden_act": "quick_gelu"},
@@ -152,7 +182,7 @@ def _refuse_settings(path: Path, settings: Mapping[str, Any], wanted: Mapping[st
         given = settings.get(name)
         if given is not None and given != value and given != [value] * _length(given):
             raise CheckpointError(f"{path} has {name} {given!r}, expected {value!r}: a model of another kind; "
-                                  "pass a Stable Diffusion 1.x model that predicts noise as it does")
+                                  "pass one with the settings of Stable Diffusion 1.5")
 
 
 def _length(setting: object) -> int:

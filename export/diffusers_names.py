@@ -3,19 +3,22 @@
 `official_names` maps every diffusers name to one official name, `to_official` and `to_diffusers` rename weights. Names
 are those inside one network: `conv_in.weight` of a UNet is `input_blocks.0.0.weight`.
 """
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from caphuman_edge.ref.autoencoder import Autoencoder
+from caphuman_edge.ref.capface import CapFace
+from caphuman_edge.ref.caphuman import POSE_CHANNELS
 from caphuman_edge.ref.clip import TextEncoder
-from caphuman_edge.ref.unet import UNet
+from caphuman_edge.ref.unet import UNet, encoder_widths
 from caphuman_edge.runtime.contract import Config, UNetConfig, VaeConfig
 
-UNET, AUTOENCODER, TEXT_ENCODER = "unet", "autoencoder", "text_encoder"
+UNET, AUTOENCODER, TEXT_ENCODER, CONTROLNET = "unet", "autoencoder", "text_encoder", "controlnet"
 OFFICIAL_PREFIX = {UNET: "model.diffusion_model.", AUTOENCODER: "first_stage_model.",
-                   TEXT_ENCODER: "cond_stage_model.transformer."}
+                   TEXT_ENCODER: "cond_stage_model.transformer.", CONTROLNET: "pose_control_model."}
 
 RES_BLOCK = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
              "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
@@ -25,7 +28,7 @@ TEXT_MODEL = "text_model."  # transformers 5 no longer writes it
 
 
 def official_names(part: str, config: Config) -> dict[str, str]:
-    """Official name by diffusers name, of every weight of a part: "unet", "autoencoder" or "text_encoder"."""
+    """Official name by diffusers name, of every weight of a part: one of the keys of OFFICIAL_PREFIX."""
     modules, build = _modules(part, config), _networks(config)[part]
     with torch.device("meta"):
         official = list(build().state_dict())
@@ -81,25 +84,44 @@ def _renamed(official: str, modules: Mapping[str, str]) -> str:
 
 
 def _networks(config: Config) -> dict[str, Callable[[], nn.Module]]:
+    control = dataclasses.replace(config.unet, hint_channels=POSE_CHANNELS)
     return {UNET: lambda: UNet(config.unet, config.vae.latent_channels),
-            AUTOENCODER: lambda: Autoencoder(config.vae), TEXT_ENCODER: lambda: TextEncoder(config.text)}
+            AUTOENCODER: lambda: Autoencoder(config.vae), TEXT_ENCODER: lambda: TextEncoder(config.text),
+            CONTROLNET: lambda: CapFace(control, config.vae.latent_channels, mask_head=False)}
 
 
 def _modules(part: str, config: Config) -> dict[str, str]:
     """Diffusers module by official module, wherever they differ."""
-    if part == UNET:
-        return dict(_unet_modules(config.unet))
-    return dict(_vae_modules(config.vae)) if part == AUTOENCODER else {}
+    tables = {UNET: lambda: _unet_modules(config.unet), AUTOENCODER: lambda: _vae_modules(config.vae),
+              CONTROLNET: lambda: _controlnet_modules(config.unet)}
+    return dict(tables[part]()) if part in tables else {}
 
 
 def _unet_modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
+    yield from _encoder_modules(config)
+    yield from _up_modules(config)
+    yield from (("out.0", "conv_norm_out"), ("out.2", "conv_out"))
+
+
+def _controlnet_modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
+    """The UNet's encoder, one 1x1 convolution a residual, and those that bring the picture to latent size."""
+    yield from _encoder_modules(config)
+    yield "middle_block_out.0", "controlnet_mid_block"
+    for i in range(len(encoder_widths(config))):
+        yield f"zero_convs.{i}.0", f"controlnet_down_blocks.{i}"
+    hints = ["conv_in", *(f"blocks.{i}" for i in range(2 * (len(config.hint_widths) - 1))), "conv_out"]
+    for i, name in enumerate(hints):  # an activation between each two
+        yield f"input_hint_block.{2 * i}", f"controlnet_cond_embedding.{name}"
+
+
+def _encoder_modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
+    """Time embedding, input blocks and middle block."""
     yield from (("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2"),
-                ("input_blocks.0.0", "conv_in"), ("out.0", "conv_norm_out"), ("out.2", "conv_out"))
+                ("input_blocks.0.0", "conv_in"))
     yield from _down_modules(config)
     yield from _res_block("middle_block.0", "mid_block.resnets.0")
     yield "middle_block.1", "mid_block.attentions.0"
     yield from _res_block("middle_block.2", "mid_block.resnets.1")
-    yield from _up_modules(config)
 
 
 def _down_modules(config: UNetConfig) -> Iterator[tuple[str, str]]:

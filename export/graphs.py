@@ -2,6 +2,8 @@
 
 The rewrites that export needs live here, so that the reference stays clean.
 """
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,6 +66,44 @@ class SplitUNet(nn.Module):
         return self.unet(_repeat(latent, text_tokens), timestep, text_tokens, list(residuals))
 
 
+class ControlEncoder(nn.Module):
+    """Once a portrait: the second ControlNet's picture, [0, 1], to its guided hint."""
+
+    def __init__(self, model: CapHuman):
+        super().__init__()
+        self.control = model.pose_control_model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.control.encode_hint(image)
+
+
+class ControlNet(nn.Module):
+    """The second ControlNet's raw residuals, for every text of the batch: unlike CapFace it reads the text."""
+
+    def __init__(self, model: CapHuman):
+        super().__init__()
+        self.control = model.pose_control_model
+
+    def forward(self, latent: Tensor, timestep: Tensor, text_tokens: Tensor, hint: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.control(_repeat(latent, text_tokens), timestep, text_tokens, hint))
+
+
+class VaeEncoder(nn.Module):
+    """An image, about [-1, 1], to its scaled latent's mean and, in the channels behind it, log variance.
+
+    The scale is inside, as it is in the decoder: a host that multiplies by a scaling factor of 1 gets what it wants.
+    """
+
+    def __init__(self, model: CapHuman):
+        super().__init__()
+        self.autoencoder = model.first_stage_model
+
+    def forward(self, sample: Tensor) -> Tensor:
+        mean, log_variance = self.autoencoder.moments(sample)
+        scale = self.autoencoder.config.latent_scale
+        return torch.cat([mean * scale, log_variance + 2 * math.log(scale)], dim=1)
+
+
 class VaeDecoder(nn.Module):
     """A scaled latent to an image, about [-1, 1]."""
 
@@ -87,12 +127,19 @@ class PreviewDecoder(nn.Module):
 
 
 def modules(model: CapHuman, preview: PreviewDecoder) -> dict[str, nn.Module]:
-    """Every graph that is made from the reference, by its name in the contract."""
+    """Every graph that is made from the reference, by its name in the contract; a ControlNet's where it has one."""
+    control = {"control_encoder": ControlEncoder, "controlnet": ControlNet} if has_control(model) else {}
     return {
         "text_encoder": model.text_encoder, "image_encoder": model.image_encoder, "hint_encoder": HintEncoder(model),
         "denoiser": Denoiser(model), "capface": SplitCapFace(model), "unet": SplitUNet(model),
-        "vae_decoder": VaeDecoder(model), "preview_decoder": preview,
+        **{name: make(model) for name, make in control.items()},
+        "vae_encoder": VaeEncoder(model), "vae_decoder": VaeDecoder(model), "preview_decoder": preview,
     }
+
+
+def has_control(model: CapHuman) -> bool:
+    """Whether the model has a second ControlNet beside CapFace."""
+    return hasattr(model, "pose_control_model")
 
 
 def example_inputs(inputs: tuple[TensorSpec, ...], seed: int, batch: int = 2) -> dict[str, Tensor]:
@@ -112,7 +159,7 @@ def _example(spec: TensorSpec, shape: list[int], generator: torch.Generator) -> 
         return (torch.rand(shape, generator=generator) > 0.4).float()
     if spec.name in ("image", "face"):
         return torch.rand(shape, generator=generator) * (255 if spec.name == "face" else 1)
-    if spec.name == "maps":
+    if spec.name in ("maps", "sample"):
         return torch.rand(shape, generator=generator) * 2 - 1
     return torch.randn(shape, generator=generator)
 

@@ -11,7 +11,8 @@ BOS, EOS = 49406, 49407  # of CLIP's vocabulary; the latter also pads
 
 def write_config(graph: str, config: Config, folder: Path) -> None:
     """Write it where the graph is one of those; the others have no name elsewhere."""
-    described = {"text_encoder": _text, "image_encoder": _vision, "vae_decoder": _autoencoder}
+    described = {"text_encoder": _text, "image_encoder": _vision, "vae_encoder": _autoencoder,
+                 "vae_decoder": _autoencoder}
     if graph in described:
         (folder / FILE).write_text(json.dumps(described[graph](config), indent=1) + "\n")
 
@@ -32,7 +33,7 @@ def _vision(config: Config) -> dict[str, Any]:
 
 
 def _autoencoder(config: Config) -> dict[str, Any]:
-    """Its scaling factor is 1: the graph takes the latent as the denoiser gives it, and scales it itself."""
+    """Its scaling factor is 1: the graphs give and take latents as the denoiser has them, and scale them inside."""
     vae = config.vae
     levels = len(vae.channel_mult)
     return {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,

@@ -23,10 +23,10 @@ from caphuman_edge.runtime.schedule import Schedule
 GUIDANCE = 3.0
 STEPS = 20
 LICENCE_TEXT = """\
-The weights of this bundle's text_encoder, image_encoder, hint_encoder, denoiser, capface, unet, vae_decoder and
-preview_decoder are licensed for non-commercial research use only. They were trained by the CapHuman Edge authors on
-pictures of people who do not exist, made with a face generator (MobileStyleGAN, whose author licenses it under
-Apache-2.0) that was distilled from StyleGAN2, trained on FFHQ, whose terms are non-commercial.
+The weights of this bundle's text_encoder, image_encoder, hint_encoder, denoiser, capface, unet, vae_encoder,
+vae_decoder and preview_decoder are licensed for non-commercial research use only. They were trained by the CapHuman
+Edge authors on pictures of people who do not exist, made with a face generator (MobileStyleGAN, whose author licenses
+it under Apache-2.0) that was distilled from StyleGAN2, trained on FFHQ, whose terms are non-commercial.
 They come without warranty of any kind. Do not use them to deceive, or to depict a person without that person's consent.
 
 face_detector, face_landmarks and face_blendshapes are MediaPipe's (Apache-2.0), id_encoder is SFace of the OpenCV model

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from caphuman_edge.ref.caphuman import CapHuman
+from caphuman_edge.ref.checkpoints import POSE_PREFIX
 from caphuman_edge.runtime.contract import TEXT_TOKENS, Config
 
 VAE_PREFIX = "first_stage_model."
@@ -50,10 +51,11 @@ Shapes = Mapping[str, Sequence[int]]
 Report = Callable[[str], None]
 
 
-def official_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of all weights, by official name; position indices are left out."""
+def official_shapes(config: Config, controlnet: bool = False) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights, by official name; position indices are left out. `controlnet`: with those of one more."""
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in CapHuman(config).state_dict().items()}
+        model = CapHuman(config, pose_net=controlnet)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def random_weights(config: Config, seed: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -73,11 +75,12 @@ def random_weight(name: str, shape: Sequence[int], seed: int) -> np.ndarray:
     return values.reshape(tuple(shape))
 
 
-def write_checkpoints(folder: Path, config: Config, seed: int, report: Report = lambda line: None) -> dict[str, Path]:
+def write_checkpoints(folder: Path, config: Config, seed: int, report: Report = lambda line: None,
+                      controlnet: bool = False) -> dict[str, Path]:
     """Write caphuman.ckpt, v1-5.safetensors and vae.safetensors as the official files are laid out; their paths.
 
-    The three hold different numbers, so that it shows which one a part was taken from. One tensor at a time is in
-    memory. At full size: 7 + 4.3 + 0.3 GB of disk.
+    They hold different numbers, so that it shows which one a part was taken from. One tensor at a time is in memory.
+    `controlnet`: write controlnet.safetensors, too. At full size: 7 + 4.3 + 0.3 (+ 1.4) GB of disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shapes = official_shapes(config)
@@ -91,7 +94,7 @@ def write_checkpoints(folder: Path, config: Config, seed: int, report: Report = 
     write_safetensors(paths["backbone"], backbone, seed + 1)
     report(f"writing {paths['vae']}")
     write_safetensors(paths["vae"], autoencoder, seed + 2, VAE_PREFIX)
-    return paths
+    return paths | (_write_controlnet(folder, config, seed + 3, report) if controlnet else {})
 
 
 def write_safetensors(path: Path, shapes: Shapes, seed: int, unprefix: str = "") -> None:
@@ -119,6 +122,16 @@ def write_torch(path: Path, shapes: Shapes, extra: Mapping[str, np.ndarray], see
             array = extra[name] if name in extra else random_weight(name, shape, seed)
             _write_record(archive, f"data/{key}", array.tobytes())
         _write_record(archive, "version", b"3\n")
+
+
+def _write_controlnet(folder: Path, config: Config, seed: int, report: Report) -> dict[str, Path]:
+    """Its names begin with control_model., as published ones do."""
+    path = folder / "controlnet.safetensors"
+    report(f"writing {path}")
+    own = {name: shape for name, shape in official_shapes(config, controlnet=True).items()
+           if name.startswith(f"pose_{POSE_PREFIX}")}
+    write_safetensors(path, own, seed, unprefix="pose_")
+    return {"controlnet": path}
 
 
 def _generator(name: str, seed: int) -> np.random.Generator:

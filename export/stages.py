@@ -24,6 +24,7 @@ from caphuman_edge.runtime.contract import GraphSpec
 from caphuman_edge.runtime.machine import FUSED, SPLIT
 
 SHARED = {"denoiser": {"denoiser": "model.onnx", "capface": "capface.onnx", "unet": "unet.onnx"}}  # weights, by folder
+CONTROL = ("control_encoder", "controlnet")  # once a portrait, once a step
 OPENVINO_FILE = "openvino_model.xml"  # the names under which other hosts look for it
 COREML_FILE = "model.mlpackage"
 MOBILE_FILE = "model.ort"
@@ -41,14 +42,26 @@ class Options:
     formats: tuple[str, ...] = ("onnx",)  # some of runtime.manifest.FORMATS
     storage: Storage = "exact"  # of the weights
     fused: bool = True  # the denoiser as one graph; Core ML never has it
-    split: bool = True  # capface and unet apart; Core ML always has them
+    split: bool = True  # capface and unet apart; Core ML always has them, and so has what holds a ControlNet
     coreml: CoremlOptions = MAC
+    control: bool = False  # the model has a second ControlNet, whose residuals only the split form can take
 
     def graphs_in(self, format_name: str) -> tuple[str, ...]:
         """The reference's graphs that this format holds, in the order of their use."""
         coreml = format_name == "coreml"
-        denoiser = (*(FUSED if self.fused and not coreml else ()), *(SPLIT if self.split or coreml else ()))
-        return "text_encoder", "image_encoder", "hint_encoder", *denoiser, "vae_decoder", "preview_decoder"
+        split = self.split or self.control or coreml
+        denoiser = (*(FUSED if self.fused and not coreml else ()), *(SPLIT if split else ()))
+        return ("text_encoder", "image_encoder", "hint_encoder", *denoiser, *(CONTROL if self.control else ()),
+                "vae_encoder", "vae_decoder", "preview_decoder")
+
+    def folder_of(self, format_name: str, graph: str) -> str:
+        """The folder in which a graph lies: in ONNX with the fused denoiser, if they share weights, else its own."""
+        fused = self.fused and format_name == "onnx"
+        return next((place for place, files in SHARED.items() if fused and graph in files), graph)
+
+    def onnx_file(self, graph: str) -> str:
+        """The name of a graph's ONNX file."""
+        return SHARED.get(self.folder_of("onnx", graph), {}).get(graph, "model.onnx")
 
 
 def jobs(options: Options) -> list[Job]:
@@ -56,7 +69,8 @@ def jobs(options: Options) -> list[Job]:
     wanted = dict.fromkeys(name for kind in options.formats for name in options.graphs_in(kind))
     planned = [("reference", name) for name in wanted]
     if set(options.formats) - {"coreml"}:
-        planned += [("onnx", place) for place in dict.fromkeys(map(folder_of, options.graphs_in("onnx")))]
+        places = (options.folder_of("onnx", name) for name in options.graphs_in("onnx"))
+        planned += [("onnx", place) for place in dict.fromkeys(places)]
     if "coreml" in options.formats:
         planned += [("coreml", name) for name in options.graphs_in("coreml")]
     for kind in options.formats:
@@ -64,16 +78,6 @@ def jobs(options: Options) -> list[Job]:
             planned += [(kind, name)] if kind in CONVERTED else []
             planned.append((f"{kind} check", name))
     return planned
-
-
-def folder_of(graph: str) -> str:
-    """The folder of the bundle in which a graph's ONNX file lies."""
-    return next((place for place, files in SHARED.items() if graph in files), graph)
-
-
-def onnx_file(graph: str) -> str:
-    """The name of a graph's ONNX file."""
-    return SHARED.get(folder_of(graph), {}).get(graph, "model.onnx")
 
 
 class Stages:
@@ -101,7 +105,7 @@ class Stages:
     def file(self, kind: str, graph: str) -> Path:
         """A finished graph's file in one format."""
         if kind == "onnx":
-            return self.done[kind, folder_of(graph)].folder / onnx_file(graph)
+            return self.done[kind, self.options.folder_of(kind, graph)].folder / self.options.onnx_file(graph)
         files = {"openvino": OPENVINO_FILE, "coreml": COREML_FILE, "ort": MOBILE_FILE}
         return self.done[kind, graph].folder / files[kind]
 
@@ -110,15 +114,15 @@ class Stages:
         return {}
 
     def _onnx(self, place: str, folder: Path) -> Facts:
-        names = [name for name in self.options.graphs_in("onnx") if folder_of(name) == place]
-        models = {onnx_file(name): trace(self.modules[name], self.specs[name]) for name in names}
+        names = [name for name in self.options.graphs_in("onnx") if self.options.folder_of("onnx", name) == place]
+        models = {self.options.onnx_file(name): trace(self.modules[name], self.specs[name]) for name in names}
         return {"precision": save(models, folder, "exact" if place in ALWAYS_EXACT else self.options.storage)}
 
     def _openvino(self, graph: str, folder: Path) -> Facts:
         from caphuman_edge.export.openvino_writer import write_openvino
 
         write_openvino(self.file("onnx", graph), folder / OPENVINO_FILE)
-        return {"precision": self.done["onnx", folder_of(graph)].facts["precision"]}
+        return {"precision": self.done["onnx", self.options.folder_of("onnx", graph)].facts["precision"]}
 
     def _mobile(self, graph: str, folder: Path) -> Facts:
         write_mobile(self.file("onnx", graph), folder / MOBILE_FILE)

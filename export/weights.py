@@ -13,7 +13,7 @@ from torch import Tensor
 
 from caphuman_edge.export import diffusers_folder
 from caphuman_edge.export.checkpoint_kinds import refuse_other
-from caphuman_edge.export.diffusers_names import AUTOENCODER, OFFICIAL_PREFIX, to_official
+from caphuman_edge.export.diffusers_names import AUTOENCODER, CONTROLNET, OFFICIAL_PREFIX, to_official
 from caphuman_edge.export.lora import fuse, read_lora
 from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.ref.checkpoints import (
@@ -37,8 +37,10 @@ from caphuman_edge.runtime.errors import CheckpointError
 PARTS = {  # by what their official names begin with
     "unet": ("model.diffusion_model.",), "capface": ("control_model.",), "projections": ("id_linear.", "img_linear."),
     "text_encoder": ("cond_stage_model.",), "image_encoder": ("control_cond_stage_model.",),
-    "autoencoder": ("first_stage_model.",), "pose_net": ("pose_control_model.",)}
+    "autoencoder": ("first_stage_model.",), "controlnet": ("pose_control_model.",)}
 VAE_PREFIX = "first_stage_model."
+BACKBONE_PREFIXES = PARTS["unet"] + PARTS["text_encoder"] + PARTS["autoencoder"]
+DIFFUSERS_CONTROLNET = "controlnet_cond_embedding."
 TEXT_PREFIX = "cond_stage_model.transformer."
 # CLIP's pairing of texts with pictures, which some merged checkpoints carry along; no picture depends on it.
 UNREAD = ("cond_stage_model.logit_scale", "cond_stage_model.text_projection",
@@ -61,12 +63,12 @@ class Lora:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """What a user passes: files, or diffusers folders for `backbone` and `vae`."""
+    """What a user passes: files, or diffusers folders for `backbone`, `vae` and `controlnet`."""
 
     caphuman: Path
     backbone: Path | None = None
     vae: Path | None = None
-    pose_net: Path | None = None
+    controlnet: Path | None = None
     loras: tuple[Lora, ...] = ()
 
 
@@ -102,7 +104,7 @@ def load_model(files: WeightFiles, config: Config,
     damaged, of another kind than their role, that lack names or have unknown or mis-shaped ones, or that hold NaN.
     """
     sources = list(_read_all(files, config, report))
-    model = _empty_model(config, pose_net=files.pose_net is not None)
+    model = _empty_model(config, controlnet=files.controlnet is not None)
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not is_leftover(name)}
     merged = _merge(sources, wanted, report)
     origins = _origins(merged)
@@ -126,10 +128,10 @@ def part_of(name: str) -> str:
     raise KeyError(name)
 
 
-def _empty_model(config: Config, pose_net: bool) -> CapHuman:
+def _empty_model(config: Config, controlnet: bool) -> CapHuman:
     """The model without memory for its weights; buffers that no file holds are made."""
     with torch.device("meta"):
-        model = CapHuman(config, pose_net=pose_net)
+        model = CapHuman(config, pose_net=controlnet)
     if config.unet.prediction == "v":
         model.unet.alphas_cumprod = alphas_cumprod()
     return model
@@ -138,10 +140,10 @@ def _empty_model(config: Config, pose_net: bool) -> CapHuman:
 def _read_all(files: WeightFiles, config: Config, report: Report) -> Iterator[tuple[Path, Weights]]:
     """What each file or folder holds, under official names, in the official order."""
     readers = (("caphuman", files.caphuman, _read_caphuman), ("backbone", files.backbone, _read_backbone),
-               ("vae", files.vae, _read_vae), ("pose_net", files.pose_net, _read_pose_net))
+               ("vae", files.vae, _read_vae), ("controlnet", files.controlnet, _read_controlnet))
     for role, path, read in readers:
         if path is not None:
-            report(f"reading {path} ({role.replace('_', ' ')})")
+            report(f"reading {path} ({role})")
             yield path, read(path, config)
 
 
@@ -167,9 +169,15 @@ def _read_vae(path: Path, config: Config) -> Weights:
     return _of_file(path, prefixed(tensors, OFFICIAL_PREFIX[AUTOENCODER]))
 
 
-def _read_pose_net(path: Path, config: Config) -> Weights:
-    tensors = _read_file("pose_net", path, config)
-    return _of_file(path, prefixed(without_prefix(tensors, POSE_PREFIX), "pose_control_model."))
+def _read_controlnet(path: Path, config: Config) -> Weights:
+    """Names with or without their prefix, or diffusers'; files of early 2023 hold a whole backbone besides."""
+    if path.is_dir():
+        return diffusers_folder.read_controlnet(path, config)
+    tensors = {name: tensor for name, tensor in _read_file("controlnet", path, config).items()
+               if not name.startswith(BACKBONE_PREFIXES)}
+    if any(name.startswith(DIFFUSERS_CONTROLNET) for name in tensors):
+        tensors = to_official(CONTROLNET, tensors, config)
+    return _of_file(path, prefixed(without_prefix(tensors, POSE_PREFIX), OFFICIAL_PREFIX[CONTROLNET]))
 
 
 def _read_file(role: str, path: Path, config: Config) -> dict[str, Tensor]:

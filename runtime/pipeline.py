@@ -183,8 +183,10 @@ class Pipeline:
         hints = []
         if control is not None:
             hints.append(self.graph("control_encoder")({"image": self._control_image(control)})["hint"])
+        unet = self.graph(self.machine.denoiser(self.bundle, bool(hints) or len(people) > 1)[-1])
+        most = next(spec.shape[1] for spec in unet.inputs if spec.name == "text_tokens")
         return Conditions(
-            self._text_tokens(settings), [self._person(who) for who in people], scales_of(settings.strength),
+            self._text_tokens(settings, most), [self._person(who) for who in people], scales_of(settings.strength),
             settings.guidance or 0.0, settings.identity_guidance or 0.0, settings.tau, settings.enhancement, hints,
             scales_of(settings.control_strength, "control_strength"))
 
@@ -216,11 +218,15 @@ class Pipeline:
         mean = self.graph("vae_encoder")({"sample": sample})["latent_parameters"][:, :config.vae.latent_channels]
         return Known(mean, noise, drawn_cells(canvas.mask, *config.latent_shape[1:]))
 
-    def _text_tokens(self, settings: Settings) -> Float32[np.ndarray, "b n c"]:
-        """The prompt's tokens; with guidance, the negative prompt's before them."""
+    def _text_tokens(self, settings: Settings, most: int | str) -> Float32[np.ndarray, "b n c"]:
+        """The prompt's tokens, of which the UNet reads `most`; with guidance, the negative prompt's before them."""
         texts = [settings.prompt] if settings.guidance == 1 else [settings.negative, settings.prompt]
         encoder = self.graph("text_encoder")
-        return text_tokens(self.tokenizer, texts, lambda ids: encoder({"input_ids": ids})["last_hidden_state"])
+        tokens = text_tokens(self.tokenizer, texts, lambda ids: encoder({"input_ids": ids})["last_hidden_state"])
+        if isinstance(most, int) and tokens.shape[1] > most:
+            raise BadInput(f"the prompts take {tokens.shape[1]} tokens, this bundle's UNet reads {most} on backend "
+                           f"{self.machine.backend}; shorten them, or choose another backend")
+        return tokens
 
     def _recipe(self, people: Sequence[Person], settings: Settings, canvas: Canvas | None,
                 control: np.ndarray | None) -> dict[str, Any]:

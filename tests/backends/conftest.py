@@ -20,12 +20,12 @@ MICRO = Config(
 
 @pytest.fixture(scope="session")
 def micro():
-    """Its config, graph specs, model, and the modules of its graphs.
+    """Its config, graph specs, model (with a second ControlNet), and the modules of its graphs.
 
     Weights are halves, keep variance, and hold no zero tensor but the unused rows of the vocabulary.
     """
     torch.manual_seed(0)
-    model = CapHuman(MICRO).eval().requires_grad_(False)
+    model = CapHuman(MICRO, pose_net=True).eval().requires_grad_(False)
     for parameter in model.parameters():
         fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 10
         parameter.copy_((torch.randn_like(parameter) / fan_in**0.5).half())

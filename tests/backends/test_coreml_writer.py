@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from caphuman_edge.export.coreml_graphs import LENGTHS, PooledHintEncoder, balanced_cut, coreml_graphs, fixed
+from caphuman_edge.export.coreml_metadata import GRAPHS, describe
 from caphuman_edge.export.coreml_writer import MAC, PHONE, CoremlOptions, chunk_paths, packages, write_coreml
 from caphuman_edge.export.graphs import SplitUNet, example_inputs
 from caphuman_edge.export.palette import palettise
@@ -79,6 +80,8 @@ def test_tensors_are_those_of_the_contract(micro, written, name):
     ("text_encoder", MAC, "f16", 100),
     ("image_encoder", dataclasses.replace(PHONE, palettise_bits=None), "f16", 100),
     ("hint_encoder", MAC, "f32", 200.1),
+    ("control_encoder", MAC, "f16", 100),
+    pytest.param("controlnet", MAC, "f16", 100, marks=pytest.mark.slow),
 ])
 def test_package_computes_what_the_reference_does(micro, written, name, options, precision, most):
     """`most`: so near can no package come that stores or computes as coarsely as it says."""
@@ -87,6 +90,24 @@ def test_package_computes_what_the_reference_does(micro, written, name, options,
     figures = check.check_coreml(path, micro.specs[name], micro.modules[name], check.FLOORS_DB[stored])
     assert figures.keys() == {tensor.name for tensor in micro.specs[name].outputs}
     assert min(figures.values()) < most
+
+
+def test_means_and_log_variances_of_the_vae_encoder_are_checked_apart(micro, written):
+    path, stored = written("vae_encoder", MAC)
+    figures = check.check_coreml(path, micro.specs["vae_encoder"], micro.modules["vae_encoder"], 50)
+    assert stored == "f16" and figures.keys() == {"latent_mean", "latent_log_variance"}
+    assert max(figures.values()) < 100
+
+
+@pytest.mark.parametrize("name", sorted(GRAPHS.keys() - {"unet_chunk1", "unet_chunk2"}))
+def test_every_tensor_of_the_contract_is_described(name):
+    spec, description = fixed(graphs(FULL)[name]), ct.proto.Model_pb2.ModelDescription()
+    for features, specs in ((description.input, spec.inputs), (description.output, spec.outputs)):
+        for tensor in specs:
+            features.add().name = tensor.name
+    describe(description, spec, "none", "f16", (1, 1))
+    assert description.metadata.shortDescription == GRAPHS[name]
+    assert all(feature.shortDescription for feature in (*description.input, *description.output))
 
 
 @pytest.mark.parametrize("bits, least, most", [(8, 45, 65), (4, 20, 40)])
@@ -139,7 +160,7 @@ def test_split_einsum_reaches_the_package(written):
 @pytest.mark.parametrize("attention", ["original", "split_einsum"])
 def test_halves_of_the_unet_in_sequence_equal_the_whole(micro, prediction, attention):
     config = dataclasses.replace(micro.config, unet=dataclasses.replace(micro.config.unet, prediction=prediction))
-    model = CapHuman(config).eval().requires_grad_(False)
+    model = CapHuman(config, pose_net=True).eval().requires_grad_(False)
     model.load_state_dict(micro.model.state_dict())
     module, spec = SplitUNet(model), graphs(config)["unet"]
     known = example_inputs(spec.inputs, seed=3, batch=1)

@@ -9,16 +9,16 @@ import torch
 
 from caphuman_edge.export.assemble import perception_in
 from caphuman_edge.export.builder import Options, Sources, build
-from caphuman_edge.export.check import check_graph
+from caphuman_edge.export.check import Case, check_cases, check_graph
 from caphuman_edge.export.graphs import example_inputs
 from caphuman_edge.export.onnx_writer import save, trace
-from caphuman_edge.ref.caphuman import CapHuman
+from caphuman_edge.ref.caphuman import CapHuman, ControlSettings, FaceCondition
 from caphuman_edge.runtime.backends import open_backend
 from caphuman_edge.runtime.bundle import EMBEDDED, Bundle
 from caphuman_edge.runtime.contract import OFFICIAL_GRAPHS, residual_levels
 from caphuman_edge.runtime.errors import BundleError
 from caphuman_edge.runtime.schedule import Schedule
-from caphuman_edge.runtime.selftest import self_test
+from caphuman_edge.runtime.selftest import psnr_db, self_test
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def bundle(micro, tmp_path_factory):
     out = tmp_path_factory.mktemp("bundles") / "micro"
     lines = []
     sources = Sources(perception_in(EMBEDDED), "micro", Schedule(steps=2), {}, {}, "tests only")
-    build(micro.model, micro.preview, sources, out, Options(("onnx", "openvino", "ort")), lines.append)
+    build(micro.model, micro.preview, sources, out, Options(("onnx", "openvino", "ort"), control=True), lines.append)
     assert any("onnx check/denoiser" in line for line in lines)
     assert [path.name for path in out.parent.iterdir()] == ["micro"]  # no parts are left
     return Bundle.open(out)
@@ -39,7 +39,7 @@ def test_every_graph_reaches_60_db(bundle):
         parity = {name: part.forms[kind].parity["psnr_db"] for name, part in bundle.manifest.components.items()
                   if kind in part.forms and part.forms[kind].parity}
         assert parity.keys() == {"text_encoder", "image_encoder", "hint_encoder", "denoiser", "capface", "unet",
-                                 "vae_decoder", "preview_decoder"}
+                                 "control_encoder", "controlnet", "vae_encoder", "vae_decoder", "preview_decoder"}
         assert min(parity.values()) > 60
 
 
@@ -66,6 +66,31 @@ def test_fused_equals_split(bundle, micro):
 
 
 @pytest.mark.slow
+def test_a_second_control_joins_the_split_form_as_in_the_reference(bundle, micro):
+    """Two texts, whose residuals differ; capface's are gated, those of the ControlNet act everywhere."""
+    drawn = example_inputs(micro.specs["denoiser"].inputs, seed=6)
+    picture, strength = torch.rand(1, 3, micro.config.height, micro.config.width), np.linspace(0.3, 1.5, 13)
+    pose_hint = bundle.graph("control_encoder")({"image": picture.numpy()})["hint"]
+    inputs = {name: value.numpy() for name, value in drawn.items()}
+    shared = {name: inputs[name] for name in ("latent", "timestep", "text_tokens")}
+    pose = bundle.graph("controlnet")({**shared, "hint": pose_hint})
+    face = bundle.graph("capface")({name: inputs[name] for name in ("latent", "timestep", "face_tokens", "hint")})
+    gates = [inputs[f"gate_{level}"] for level in residual_levels(micro.config.unet)]
+    summed = {name: (face[name] * gate + pose[name] * scale).astype(np.float32)
+              for name, gate, scale in zip(face, gates, strength, strict=True)}
+    unet = bundle.graph("unet")
+    assert not np.allclose(pose["residual_09"][0], pose["residual_09"][1])
+    person = FaceCondition(drawn["face_tokens"], drawn["hint"], tuple(drawn[f"gate_{level}"] for level in range(4)))
+    hint, settings = micro.model.pose_control_model.encode_hint(picture), ControlSettings(pose_scales=tuple(strength))
+    for k in range(2):
+        alone = {name: value[k:k + 1] for name, value in summed.items()}
+        text = shared["text_tokens"][k:k + 1]
+        found = unet({"latent": shared["latent"], "timestep": shared["timestep"], "text_tokens": text, **alone})["eps"]
+        wanted = micro.model(drawn["latent"], drawn["timestep"], torch.from_numpy(text), [person], [hint], settings)
+        np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4 * np.abs(found).max())
+
+
+@pytest.mark.slow
 def test_both_guidance_branches_equal_single_passes(bundle, micro):
     """A batch of two texts is two batches of one."""
     inputs = {name: value.numpy() for name, value in example_inputs(micro.specs["denoiser"].inputs, seed=4).items()}
@@ -86,6 +111,29 @@ def test_denoiser_forms_share_their_weights(bundle, micro):
              map(Path, bundle.component(form).forms["onnx"].files)}
     assert files == {"model.onnx", "capface.onnx", "unet.onnx", "weights.bin"}
     assert stored < 2.2 * count  # two bytes a parameter, once
+
+
+def test_the_vae_encoder_gives_the_distribution_of_the_scaled_latent(micro):
+    """What is drawn from it is `latent_scale` times what is drawn from the autoencoder's own."""
+    picture, scale = torch.rand(1, 3, 64, 64) * 2 - 1, micro.config.vae.latent_scale
+    found_mean, found_log_variance = micro.modules["vae_encoder"](picture).chunk(2, dim=1)
+    mean, log_variance = micro.model.first_stage_model.moments(picture)
+    torch.testing.assert_close(found_mean, micro.model.first_stage_model.encode(picture))
+    torch.testing.assert_close((found_log_variance / 2).exp(), (log_variance / 2).exp() * scale)
+    assert mean.std() > 0.1 and log_variance.std() > 0.1
+
+
+def test_an_error_of_means_does_not_hide_behind_log_variances(micro):
+    """Means of 1 % error, 40 dB, beside log variances twenty times as large: together they would be at 66 dB."""
+    rng = np.random.default_rng(0)
+    mean, log_variance = np.sign(rng.normal(size=(1, 4, 8, 8))), np.full((1, 4, 8, 8), -20.0)
+    case = Case({}, {"latent_parameters": np.concatenate([mean, log_variance], axis=1)})
+    wrong = {"latent_parameters": np.concatenate([mean * 1.01, log_variance], axis=1)}
+    assert psnr_db(wrong["latent_parameters"], case.outputs["latent_parameters"]) > 65
+    assert check_cases("vae_encoder", lambda _: wrong, [case], floor=39) == {
+        "latent_mean": 40, "latent_log_variance": 200}
+    with pytest.raises(BundleError, match=r"vae_encoder: latent_mean differs from the reference, PSNR 40\.0 dB"):
+        check_cases("vae_encoder", lambda _: wrong, [case])
 
 
 def test_unused_words_are_not_stored_and_change_nothing(micro, tmp_path):

@@ -31,7 +31,7 @@ def exported(micro):
     @functools.cache
     def export(name, prediction):
         config = dataclasses.replace(micro.config, unet=dataclasses.replace(micro.config.unet, prediction=prediction))
-        model = CapHuman(config).eval().requires_grad_(False)
+        model = CapHuman(config, pose_net=True).eval().requires_grad_(False)
         model.load_state_dict(micro.model.state_dict())
         module, spec = modules(model, micro.preview)[name], graphs(config)[name]
         inputs = example_inputs(spec.inputs, seed=0, batch=1)

@@ -13,7 +13,7 @@ from caphuman_edge.runtime.bundle import EMBEDDED
 from caphuman_edge.runtime.schedule import Schedule
 
 diffusion = pytest.importorskip("optimum.onnxruntime.modeling_diffusion")
-STANDARD = ("text_encoder", "image_encoder", "vae_decoder")
+STANDARD = ("text_encoder", "image_encoder", "vae_encoder", "vae_decoder")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,19 @@ def test_the_decoder_is_a_decoder_of_optimum_that_takes_latents_as_they_are(micr
     latent = torch.from_numpy(coarse_inputs(micro.specs["vae_decoder"], seed=1)["latent_sample"])
     image = decoder(latent / decoder.config.scaling_factor).sample
     torch.testing.assert_close(image, micro.modules["vae_decoder"](latent), atol=1e-4, rtol=1e-4)
+
+
+def test_the_encoder_is_an_encoder_of_optimum_that_gives_latents_as_the_denoiser_has_them(micro, folder):
+    """diffusers multiplies a latent by the scaling factor after the call; here that must change nothing."""
+    session = onnxruntime.InferenceSession(str(folder / "vae_encoder/model.onnx"))
+    encoder = diffusion.ORTVaeEncoder(session, parent(), use_io_binding=False)
+    image = torch.from_numpy(coarse_inputs(micro.specs["vae_encoder"], seed=1)["sample"])
+    distribution = encoder(image).latent_dist
+    autoencoder = micro.model.first_stage_model
+    torch.testing.assert_close(distribution.mode() * encoder.config.scaling_factor, autoencoder.encode(image),
+                               atol=1e-5, rtol=1e-4)
+    deviation = (autoencoder.moments(image)[1] / 2).exp() * micro.config.vae.latent_scale
+    torch.testing.assert_close(distribution.std * encoder.config.scaling_factor, deviation, atol=1e-5, rtol=1e-4)
 
 
 def test_the_image_encoder_is_a_model_of_optimum(micro, folder):

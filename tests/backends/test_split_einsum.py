@@ -13,7 +13,7 @@ from caphuman_edge.ref.unet import Attention
 from caphuman_edge.runtime.contract import graphs
 from caphuman_edge.runtime.selftest import psnr_db
 
-REWRITTEN = ("unet", "capface", "denoiser", "text_encoder", "image_encoder")
+REWRITTEN = ("unet", "capface", "controlnet", "denoiser", "text_encoder", "image_encoder")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def two_heads(micro):
     config = dataclasses.replace(micro.config, unet=dataclasses.replace(micro.config.unet, num_heads=2),
                                  text=dataclasses.replace(micro.config.text, heads=2),
                                  vision=dataclasses.replace(micro.config.vision, heads=2))
-    model = CapHuman(config).eval().requires_grad_(False)
+    model = CapHuman(config, pose_net=True).eval().requires_grad_(False)
     model.load_state_dict(micro.model.state_dict())
     return modules(model, micro.preview), graphs(config)
 

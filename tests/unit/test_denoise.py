@@ -39,7 +39,7 @@ def other(pipe, subject):
 
 @pytest.fixture(scope="module")
 def text(pipe):
-    return pipe._text_tokens(pipe.settings(prompt="a portrait, blue background", guidance=3.0))
+    return pipe._text_tokens(pipe.settings(prompt="a portrait, blue background", guidance=3.0), "tokens")
 
 
 @pytest.fixture
@@ -155,3 +155,19 @@ def test_a_mask_of_another_size_is_refused(pipe, subject):
         next(pipe.generate([Person(subject, None, np.ones((8, 8), np.float32))]))
 
 
+
+
+def test_a_prompt_longer_than_the_unet_reads_is_refused_in_words(pipe, subject, monkeypatch):
+    """As on Core ML, whose UNet reads 77 tokens."""
+    denoiser = pipe.graph("denoiser")
+    inputs = tuple(dataclasses.replace(spec, shape=(spec.shape[0], 77, spec.shape[2])) if spec.name == "text_tokens"
+                   else spec for spec in denoiser.inputs)
+    monkeypatch.setitem(pipe._graphs, "denoiser", dataclasses.replace(denoiser, inputs=inputs))
+    with pytest.raises(BadInput, match="prompts take 154 tokens, this bundle's UNet reads 77 on backend ort; shorten"):
+        next(pipe.generate(subject, prompt="smiling, " * 50))
+
+
+def test_a_long_prompt_reaches_the_picture_to_its_end(pipe, subject):
+    start = "a portrait, " * 30
+    ends = [next(pipe.generate(subject, steps=2, prompt=start + end)).clean for end in ("red background", "blue hair")]
+    assert largest(*ends) > 0.01

@@ -114,7 +114,7 @@ def test_origins_tell_file_hash_size_count_and_type_of_every_part(files, tmp_pat
     lines = []
     _, origins = load_model(WeightFiles(files["caphuman"], half, files["vae"]), SMALL, lines.append)
     told = {origin.part: origin for origin in origins}
-    assert list(told) == [part for part in PARTS if part != "pose_net"]
+    assert list(told) == [part for part in PARTS if part != "controlnet"]
     assert {part: origin.file for part, origin in told.items()} == {
         "unet": "half.safetensors", "text_encoder": "half.safetensors", "autoencoder": "vae.safetensors",
         "capface": "caphuman.ckpt", "projections": "caphuman.ckpt", "image_encoder": "caphuman.ckpt"}
@@ -167,16 +167,6 @@ def test_prefixed_autoencoders_and_old_text_names_are_understood(files, tmp_path
     weights, _ = loaded(files, backbone=old, vae=vae)
     expected, _ = loaded(files, backbone=files["backbone"], vae=files["vae"])
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
-
-
-def test_a_pose_net_comes_from_a_controlnet_file(files, tmp_path):
-    model = CapHuman(SMALL, pose_net=True)
-    net = {name.removeprefix("pose_"): torch.full_like(tensor, 2) for name, tensor in model.state_dict().items()
-           if name.startswith("pose_control_model.")}
-    weights, origins = loaded(files, pose_net=saved(tmp_path / "pose.safetensors", net))
-    assert weights["pose_control_model.input_hint_block.0.weight"].eq(2).all()
-    assert origins[-1].part == "pose_net"
-    assert origins[-1].tensors == len(net)
 
 
 def test_a_lora_is_fused_and_told(files, tmp_path):
@@ -340,7 +330,7 @@ def test_a_file_that_is_not_there_is_named(files, tmp_path):
     ("caphuman", "backbone", "seems to be a Stable Diffusion checkpoint, expected CapHuman's own"),
     ("backbone", "vae", "seems to be an autoencoder (VAE), expected a Stable Diffusion 1.x checkpoint"),
     ("vae", "backbone", "seems to be a Stable Diffusion checkpoint, expected the KL autoencoder"),
-    ("pose_net", "caphuman", "seems to be a CapHuman checkpoint, expected a ControlNet")])
+    ("controlnet", "caphuman", "seems to be a CapHuman checkpoint, expected a ControlNet")])
 def test_swapped_files_are_told_apart(files, role, given, message):
     assert message in refused(files, **{role: files[given]})
 
