@@ -15,11 +15,10 @@ from caphuman_edge.export.graphs import example_inputs
 from caphuman_edge.runtime.backends import Backend
 from caphuman_edge.runtime.contract import GraphSpec
 from caphuman_edge.runtime.errors import BundleError
-from caphuman_edge.runtime.selftest import FLOOR_GATES, GATE, psnr_db
+from caphuman_edge.runtime.selftest import FLOOR_GATES, GATE, psnr_db, told_apart
 
 FLOOR_DB = 60.0  # least PSNR of any output in float32 arithmetic on the reference's own weights
 FLOOR_HALF_DB = 35.0  # where weights were rounded to 16 bits, or arithmetic is in 16 bits
-PARAMETERS, MOMENTS = "latent_parameters", ("latent_mean", "latent_log_variance")
 SEEDS = (11, 12)  # of the case with a text batch of one, and of that with two
 Arrays = dict[str, np.ndarray]
 
@@ -59,17 +58,6 @@ def check_cases(label: str, graph: Callable[[Arrays], Mapping[str, np.ndarray]],
             raise BundleError(f"{label}: {name} differs from the reference, PSNR {decibels:.1f} dB, expected at least "
                               f"{least:.0f} dB; report the checkpoint and the backend's version")
     return worst
-
-
-def told_apart(outputs: Mapping[str, np.ndarray]) -> Arrays:
-    """The outputs as their PSNR is measured: of a latent's distribution mean and log variance each for itself.
-
-    Log variances reach -20 where means reach 1: an error that would spoil the means is 26 dB below the joint peak.
-    """
-    apart: Arrays = {}
-    for name, array in outputs.items():
-        apart |= dict(zip(MOMENTS, np.split(array, 2, axis=1), strict=True)) if name == PARAMETERS else {name: array}
-    return apart
 
 
 def save_cases(cases: Sequence[Case], path: Path) -> None:

@@ -20,7 +20,7 @@ from caphuman_edge.runtime.cache import sha256_of
 from caphuman_edge.runtime.cli import guarded
 from caphuman_edge.runtime.schedule import Schedule
 
-GUIDANCE = 3.0
+GUIDANCE = IDENTITY_GUIDANCE = 3.0  # equal, so that the latter costs little; see runtime.denoise
 STEPS = 20
 LICENCE_TEXT = """\
 The weights of this bundle's text_encoder, image_encoder, hint_encoder, denoiser, capface, unet, vae_encoder,
@@ -56,8 +56,8 @@ def main() -> int:
     hashes = {f"{part}/{path.name}": digest for part, folder in folders.items()
               for path, digest in sha256_of(weight_files(folder)).items()}
     provenance = {"samples_seen": facts["samples"], "training_steps": facts["step"], "sha256": hashes}
-    sources = Sources(perception_in(options.perception), "nano", Schedule(steps=STEPS, guidance=GUIDANCE), provenance,
-                      LICENCES, LICENCE_TEXT)
+    schedule = Schedule(steps=STEPS, guidance=GUIDANCE, identity_guidance=IDENTITY_GUIDANCE)
+    sources = Sources(perception_in(options.perception), "nano", schedule, provenance, LICENCES, LICENCE_TEXT)
     build(model, preview_from(model, options.labels), sources, options.out,
           report=lambda line: print(line, file=sys.stderr))
     return 0

@@ -13,6 +13,7 @@ from .errors import BundleError
 
 FALLBACK = "ort"  # of the base installation, so always there
 FUSED, SPLIT = ("denoiser",), ("capface", "unet")  # the two forms of what runs at each step
+EACH_STEP = (*FUSED, *SPLIT, "controlnet")
 THRESHOLDS = "hint_encoder"  # its gates are 0 or 1, so a small error may be a large one
 
 
@@ -53,7 +54,7 @@ class Machine:
         nobody asks for another backend to get that one there. Raises BundleError where neither can run it.
         """
         formats = open_backend(self.backend).FORMATS
-        if name not in FUSED + SPLIT and not bundle.stored(name, formats) and bundle.stored(name, ["onnx"]):
+        if name not in EACH_STEP and not bundle.stored(name, formats) and bundle.stored(name, ["onnx"]):
             return FALLBACK
         bundle.form(name, formats)  # raises
         return self.backend

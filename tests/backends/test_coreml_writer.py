@@ -302,7 +302,8 @@ def test_a_package_of_another_graph_is_refused(micro, written):
 def test_the_page_for_app_developers_states_the_contract():
     page = (Path(__file__).parents[2] / "docs" / "apple.md").read_text()
     specs = graphs(FULL)
-    for name in ("text_encoder", "image_encoder", "hint_encoder", "capface", "unet", "vae_decoder", "preview_decoder"):
+    for name in ("text_encoder", "image_encoder", "hint_encoder", "capface", "unet", "control_encoder", "controlnet",
+                 "vae_encoder", "vae_decoder", "preview_decoder"):
         for tensor in (*fixed(specs[name]).inputs, *fixed(specs[name]).outputs):
             family = tensor.name.split("_")[0]
             if family not in ("residual", "gate"):

@@ -144,8 +144,8 @@ def test_a_second_control_needs_a_bundle_with_one(pipe):
 
 
 def test_two_people_make_a_portrait(pipe, subject):
-    people = [Person(subject, subject.head.moved(x=-0.4, scale=0.6)), Person(subject, subject.head.moved(x=0.4, scale=0.6))]
-    *_, last = pipe.generate(people, steps=2)
+    heads = [subject.head.moved(x=side, scale=0.6) for side in (-0.4, 0.4)]
+    *_, last = pipe.generate([Person(subject, head) for head in heads], steps=2)
     assert last.image.pixels.shape == (256, 256, 3)
     assert [len(one["head"]["pose"]) for one in last.recipe["people"]] == [6, 6]
 
