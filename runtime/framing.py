@@ -60,7 +60,9 @@ def frame_region(photo: UInt8[np.ndarray, "h w 3"], face: FaceLandmarks, fit: Fi
     """The part of the photo that `frame_photo` shows."""
     height, width = photo.shape[:2]
     regions = {"face": _around_face, "crop": _largest_within, "pad": _smallest_around}
-    return Region(0, 0, width, height) if fit == "squash" else regions[fit](width, height, face, aspect)
+    if fit == "squash":
+        return Region(0.0, 0.0, float(width), float(height))
+    return regions[fit](width, height, face, aspect)
 
 
 def cut_out(photo: UInt8[np.ndarray, "h w 3"], region: Region) -> UInt8[np.ndarray, "H W 3"]:

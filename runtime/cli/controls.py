@@ -204,7 +204,7 @@ def _add_pose_flags(group: argparse._ArgumentGroup) -> None:
                       "'caphuman generate', or the output of 'caphuman preview --json'")
     group.add_argument("--pose-face", type=whole(1, 1000), metavar="N", help="which face in the photo (default: 1)")
     group.add_argument("--modes", metavar="LIST", help=f"what to take: {','.join(MODES)} or all (default: "
-                       f"{DEFAULT_MODES})")
+                       f"{DEFAULT_MODES}; of --canvas all)")
 
 
 def _add_head_flags(group: argparse._ArgumentGroup) -> None:

@@ -32,7 +32,7 @@ def subject(pipe):
 
 
 def test_outside_the_mask_and_its_seam_the_photo_keeps_its_bits(photo):
-    region = Region(10, 20, 64, 64)
+    region = Region(10.0, 20.0, 64.0, 64.0)
     done = Canvas(photo, region, HOLE).finished(np.full((SIZE, SIZE, 3), 255, np.uint8))
     assert done.shape == photo.shape
     assert (done[20 + 24:20 + 40, 10 + 24:10 + 40] == 255).all()
@@ -43,18 +43,18 @@ def test_outside_the_mask_and_its_seam_the_photo_keeps_its_bits(photo):
 
 def test_a_frame_that_reaches_beyond_the_photo_is_cut_off(photo):
     everything = np.ones((SIZE, SIZE), np.float32)
-    done = Canvas(photo, Region(-32, -32, 64, 64), everything).finished(np.zeros((SIZE, SIZE, 3), np.uint8))
+    done = Canvas(photo, Region(-32.0, -32.0, 64.0, 64.0), everything).finished(np.zeros((SIZE, SIZE, 3), np.uint8))
     assert not done[:24, :24].any() and done[31, 31].any()  # black, and faded out towards the frame's border
     np.testing.assert_array_equal(done[32:, 32:], photo[32:, 32:])
 
 
 def test_without_a_mask_the_frame_is_the_picture(photo):
     pixels = np.zeros((SIZE, SIZE, 3), np.uint8)
-    assert Canvas(photo, Region(0, 0, 100, 100)).finished(pixels) is pixels
+    assert Canvas(photo, Region(0.0, 0.0, 100.0, 100.0)).finished(pixels) is pixels
 
 
 def test_the_frame_is_what_the_region_shows(photo):
-    shown = Canvas(photo, Region(10, 20, 64, 64)).frame(64, 64)
+    shown = Canvas(photo, Region(10.0, 20.0, 64.0, 64.0)).frame(64, 64)
     np.testing.assert_array_equal(shown, photo[20:84, 10:74])
 
 
