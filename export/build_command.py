@@ -8,7 +8,7 @@ from caphuman_edge.runtime.cli.report import add_json_flag
 from caphuman_edge.runtime.cli.values import number, whole
 from caphuman_edge.runtime.head.library import OPEN
 from caphuman_edge.runtime.manifest import FORMATS
-from caphuman_edge.runtime.schedule import Schedule
+from caphuman_edge.runtime.schedule import LEADING, SCHEDULES, TRAILING, Schedule
 
 NEEDED = ("torch", "onnx_ir", "onnxscript", "safetensors")  # the export extra
 if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
@@ -83,6 +83,10 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
                        help="default of the bundle (default: %(default)s)")
     group.add_argument("--guidance", type=number(0.0, 30.0), default=Schedule().guidance, metavar="G",
                        help="default of the bundle (default: %(default)g)")
+    group.add_argument("--schedule", choices=SCHEDULES, default=Schedule().kind, help="sampler that the bundle draws "
+                       "with, such as the one that a LoRA was distilled for (default: %(default)s)")
+    group.add_argument("--timesteps", choices=(LEADING, TRAILING), help="its timesteps: trailing for Hyper-SD with "
+                       "ddim (default: leading for ddim, trailing for all others)")
 
 
 def _lora(value: str) -> tuple[Path, float]:

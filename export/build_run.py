@@ -27,7 +27,8 @@ from caphuman_edge.runtime.cli.report import show
 from caphuman_edge.runtime.contract import Config
 from caphuman_edge.runtime.errors import BadInput, MissingExtra
 from caphuman_edge.runtime.machine import FUSED, SPLIT
-from caphuman_edge.runtime.schedule import Schedule, timesteps
+from caphuman_edge.runtime.samplers import lay_out
+from caphuman_edge.runtime.schedule import SPACINGS, Schedule
 
 PARAMETER_BYTES = {"onnx": 2, "openvino": 2, "coreml": 2, "ort": 4}  # on disk, with weights in halves
 RANDOM_BYTES = 8  # of random checkpoints in 32 bits, twice since backbone and autoencoder are files of their own, too
@@ -72,8 +73,10 @@ def _check_extras(formats: tuple[str, ...]) -> None:
 
 
 def _schedule(args: argparse.Namespace) -> Schedule:
-    timesteps(args.steps)  # refuses what cannot be laid out
-    return Schedule(steps=args.steps, guidance=args.guidance)
+    spacing = args.timesteps or SPACINGS[args.schedule][0]
+    schedule = Schedule(kind=args.schedule, steps=args.steps, guidance=args.guidance, timesteps=spacing)
+    lay_out(schedule, args.steps)  # refuses what cannot be laid out
+    return schedule
 
 
 def _check_mobile(options: Options, config: Config) -> None:

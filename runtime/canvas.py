@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from .framing import Region, cut_out
 from .image import resize
-from .schedule import DdimStep
+from .schedule import SamplerStep
 
 MARGIN = 0.1  # of the frame's height: hair and shadow around a head that is drawn bald
 FEATHER = 0.03  # of the frame's height: the seam's width
@@ -59,7 +59,7 @@ class Known:
         """The photo's latent, as noisy as a step leaves one."""
         return np.asarray(np.sqrt(alpha) * self.clean + np.sqrt(1 - alpha) * self.noise)
 
-    def kept(self, latent: Float32[np.ndarray, "1 c h w"], step: DdimStep) -> Float32[np.ndarray, "1 c h w"]:
+    def kept(self, latent: Float32[np.ndarray, "1 c h w"], step: SamplerStep) -> Float32[np.ndarray, "1 c h w"]:
         """The latent after a step, with the known cells put back."""
         return latent if self.drawn.all() else np.where(self.drawn, latent, self.noisy(step.alpha_prev))
 

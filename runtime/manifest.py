@@ -19,7 +19,7 @@ from typing import Any
 
 from .contract import FULL, Config, GraphSpec, TensorSpec, graphs
 from .errors import BundleError, ShapeMismatch
-from .schedule import SCHEDULES, Schedule
+from .schedule import LEADING, SPACINGS, Schedule
 
 FORMAT = 2
 FORMATS = ("onnx", "openvino", "coreml", "ort")  # that a graph may be stored in; ort is ONNX Runtime Mobile's
@@ -100,11 +100,14 @@ def check_graph(label: str, inputs: Iterable[TensorSpec], outputs: Iterable[Tens
 
 def _schedule(data: object) -> Schedule:
     defaults = dataclasses.asdict(Schedule())
-    given = {"identity_guidance": 1.0, **data} if isinstance(data, dict) else data  # which bundles of before lack
+    given = data
+    if isinstance(data, dict):
+        given = {"identity_guidance": 1.0, "timesteps": LEADING, **data}  # which bundles of before lack
     schedule = Schedule(**_like(given, defaults, "schedule"))
-    if schedule.kind not in SCHEDULES:
-        raise BundleError(f"bundle.json: schedule.kind is {schedule.kind!r}, expected one of {_names(SCHEDULES)}; "
-                          f"{REBUILD}")
+    for name, known in (("kind", tuple(SPACINGS)), ("timesteps", SPACINGS.get(schedule.kind, ()))):
+        if getattr(schedule, name) not in known:
+            raise BundleError(f"bundle.json: schedule.{name} is {getattr(schedule, name)!r:.40}, expected one of "
+                              f"{_names(known)}; {REBUILD}")
     return schedule
 
 

@@ -29,8 +29,9 @@ from .perception import InsightFace, Perception
 from .portrait import Step
 from .prompt import text_tokens
 from .render import Renderer, open_renderer
-from .request import Person, Settings, complete
-from .schedule import DdimStep, ddim_step, ddim_steps
+from .request import Person, Settings, complete, sampling
+from .samplers import DISTILLED, lay_out, sample
+from .schedule import SamplerStep
 from .tokenizer import Tokenizer
 
 HEAD_ENCODER = "head_encoder"  # DECA: of use to FLAME heads alone
@@ -115,8 +116,10 @@ class Pipeline:
         """
         persons = [Person(people, head)] if isinstance(people, Subject) else list(people)
         chosen = self.settings(settings, len(persons), canvas is not None, control is not None, **changes)
+        self._warn_of_sampler(chosen)
         conditions, recipe = self._conditions(persons, chosen, control), self._recipe(persons, chosen, canvas, control)
-        steps = _walked(ddim_steps(self.bundle.schedule, chosen.steps or 0, chosen.eta), chosen.denoise or 0.0)
+        table = lay_out(sampling(chosen, self.bundle.schedule), chosen.steps or 0, chosen.eta or 0.0)
+        steps = _walked(table, chosen.denoise or 0.0)
         latent = noise = cuda_normal(chosen.seed, (1, *self.bundle.config.latent_shape))
         known = self._known(canvas, noise) if canvas else None
         if known and chosen.denoise != 1:
@@ -161,7 +164,7 @@ class Pipeline:
         config = self.bundle.config
         return resize(self.decode(latent, "preview_decoder"), config.height, config.width, "bicubic")
 
-    def _walk(self, latent: Float32[np.ndarray, "1 c h w"], steps: list[DdimStep], conditions: Conditions,
+    def _walk(self, latent: Float32[np.ndarray, "1 c h w"], steps: Sequence[SamplerStep], conditions: Conditions,
               known: Known | None, settings: Settings, recipe: dict[str, Any], canvas: Canvas | None) -> Iterator[Step]:
         """Denoise from this latent on."""
         def picture(latent: Float32[np.ndarray, "1 c h w"]) -> UInt8[np.ndarray, "_ _ 3"]:
@@ -169,13 +172,19 @@ class Pipeline:
             return canvas.finished(pixels) if canvas else pixels
 
         denoiser = Denoiser(self.graph, self.machine.denoiser(self.bundle, conditions.split) == FUSED)
-        for index, step in enumerate(steps):
-            eps = denoiser.eps(latent, step.timestep, conditions)
-            # the official generator draws at every step; a counter-based one can leave out the draws nobody uses
-            noise = cuda_normal(settings.seed, latent.shape, offset=1 + index) if step.sigma else None
-            latent, clean = ddim_step(latent, eps, step, noise)
-            latent = known.kept(latent, step) if known else latent
-            yield Step(index, len(steps), step.timestep, clean, latent, recipe, self.preview, picture)
+        # the official generator draws at every step; a counter-based one can leave out the draws nobody uses
+        walk = sample(lambda latent, timestep: denoiser.eps(latent, timestep, conditions), latent, steps,
+                      lambda index: cuda_normal(settings.seed, latent.shape, offset=1 + index),
+                      known.kept if known else None)
+        for index, (at, clean) in enumerate(walk):
+            yield Step(index, len(steps), steps[index].timestep, clean, at, recipe, self.preview, picture)
+
+    def _warn_of_sampler(self, settings: Settings) -> None:
+        """A model that was distilled for one sampler is asked for another, or the other way about."""
+        made_for = self.bundle.schedule.kind
+        if settings.schedule != made_for and {settings.schedule, made_for} & {*DISTILLED}:
+            warnings.warn(f"schedule {settings.schedule} is asked for, but the bundle's model was made for {made_for}: "
+                          "portraits will suffer", stacklevel=2)
 
     def _conditions(self, people: Sequence[Person], settings: Settings,
                     control: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"] | None) -> Conditions:
@@ -243,7 +252,7 @@ class Pipeline:
                 "made_with": f"caphuman-edge {version('caphuman-edge')}"}
 
 
-def _walked(steps: list[DdimStep], denoise: float) -> list[DdimStep]:
+def _walked(steps: Sequence[SamplerStep], denoise: float) -> Sequence[SamplerStep]:
     """The last steps, as large a share of them as is drawn anew; one at least."""
     return steps[-max(1, round(denoise * len(steps))):]
 

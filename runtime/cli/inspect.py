@@ -62,7 +62,8 @@ def text(report: dict[str, Any]) -> str:
     sizes = ", ".join(f"{name} {size(count)}" for name, count in report["bytes_by_format"].items())
     return "\n".join([
         f"{report['name']}: portraits of {config['width']} x {config['height']} px in {schedule['steps']} "
-        f"{schedule['kind']} steps, guidance {schedule['guidance']:g}", "",
+        f"{schedule['kind']} steps ({schedule['timesteps']} timesteps), guidance {schedule['guidance']:g}, "
+        f"of the person {schedule['identity_guidance']:g}", "",
         *_table({"folder": report["folder"], "sha256": report["sha256"],
                  "size": f"{size(report['bytes'])} ({sizes}; shared files once)"}.items(), ""),
         *_components(report["components"]),

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import BadInput
 from ..pipeline import Pipeline
 from ..request import Settings
-from ..schedule import SCHEDULES
+from ..schedule import LEADING, SCHEDULES, TRAILING
 from .styles import apply_style
 from .values import size, strengths
 
@@ -26,7 +26,11 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
                        "answered with all known ones")
     group.add_argument("--styles", type=Path, metavar="FILE", help="styles of your own: JSON, name: {prompt, negative}")
     group.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the bundle's)")
-    group.add_argument("--schedule", choices=SCHEDULES, help="sampler (default: the bundle's)")
+    group.add_argument("--schedule", choices=SCHEDULES, help="sampler (default: the bundle's); lcm and tcd are "
+                       "for models that were distilled for them, in 1 to 50 steps")
+    group.add_argument("--timesteps", choices=(LEADING, TRAILING), help="leading, as the official tool's, or trailing, "
+                       "which begin in pure noise, as Hyper-SD's; lcm and tcd are trailing (default: the bundle's, and "
+                       "for another --schedule leading for ddim, else trailing)")
     group.add_argument("--guidance", type=float, metavar="G",
                        help="pull of the prompt, 1 is off (default: the bundle's)")
     group.add_argument("--identity-guidance", type=float, metavar="G", help="pull of the person in the same way, 1 is "
@@ -37,7 +41,8 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
                        "the head, without the person, 0 to 2 (default: 0)")
     group.add_argument("--tau", type=int, default=unset.tau, metavar="T",
                        help="leave the person out at timesteps above it; 0 never does (default)")
-    group.add_argument("--eta", type=float, default=unset.eta, metavar="E", help="fresh noise a step, 0 (default) to 1")
+    group.add_argument("--eta", type=float, metavar="E", help="fresh noise a step, 0 to 1: of ddim (default: 0), and "
+                       "of tcd, whose gamma it is (default: 0.3); lcm's is fixed, dpm++ takes none")
     group.add_argument("--seed", type=int, default=unset.seed, metavar="N", help="of the noise; -1 for a random one, "
                        "which the recipe tells (default: %(default)d)")
     group.add_argument("--size", type=size, metavar="WxH", help="px; a bundle has the one that it was built for")
@@ -57,10 +62,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def check(pipe: Pipeline, args: argparse.Namespace) -> None:
-    """Raise BadInput for a schedule or a size that the bundle does not have."""
-    kind, config = pipe.bundle.schedule.kind, pipe.bundle.config
-    if args.schedule not in (None, kind):
-        raise BadInput(f"--schedule {args.schedule}, but the bundle was made for {kind}; leave --schedule out")
+    """Raise BadInput for a size that the bundle does not have."""
+    config = pipe.bundle.config
     if args.size not in (None, (config.width, config.height)):
         width, height = args.size
         raise BadInput(f"--size {width}x{height}, but the bundle was built for {config.width}x{config.height}; build "

@@ -4,17 +4,17 @@ import io
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from caphuman_edge.runtime.bundle import Bundle
 from caphuman_edge.runtime.cli import main
+from caphuman_edge.runtime.denoise import Denoiser
 from caphuman_edge.runtime.head import HeadCode, load_head
 from caphuman_edge.runtime.pipeline import Pipeline
-from caphuman_edge.runtime.schedule import Schedule
 
 QUICK = "--steps", 1, "--renderer", "numpy", "--out", "out.png"
 
@@ -172,7 +172,7 @@ def test_exif_turns_a_photo_upright_to_the_pixel(astronaut, upright, folder, tmp
     (("--pose-face", "2"), ("--pose-face 2", "photo of --pose;")),
     (("--light-face", "2"), ("--light-face 2", "photo of --light-from;")),
     (("--expression", "jaw=1"), ('"jaw"', "jawLeft")),
-    (("--seed", "-1"), ("seed is -1", "expected 0 to")),
+    (("--seed", "-2"), ("seed is -2", "expected 0 to")),
     (("--seed", 2**63), (str(2**63), "expected 0 to")),
     (("--seed", 2**63 - 1, "--count", 2), (str(2**63), "expected 0 to")),
     (("--guidance", "nan"), ("guidance is nan", "expected 0 to 30")),
@@ -184,7 +184,7 @@ def test_exif_turns_a_photo_upright_to_the_pixel(astronaut, upright, folder, tmp
     (("--device", "npu"), ("no device npu here", "choose cpu")),
     (("--precision", "int8"), ("no precision int8 here", "choose f32")),
     (("--renderer", "vulkan"), ("'vulkan'", "numpy")),
-    (("--out", "portrait.jpg"), ("'portrait.jpg'", ".png")),
+    (("--out", "portrait.gif"), ("'portrait.gif'", ".png")),
     (("--shiny",), ("--shiny", "caphuman generate --help")),
 ])
 def test_a_control_out_of_range_is_named_with_what_was_expected(generate_refused, photo, flags, words):
@@ -239,9 +239,9 @@ def test_an_unknown_mode_is_named(generate_refused, photo):
 
 
 def test_a_prompt_of_too_many_tokens_is_cut_with_a_warning(caphuman, photo):
-    done = caphuman("generate", "--photo", photo, *QUICK, "--prompt", "a person " * 50)
+    done = caphuman("generate", "--photo", photo, *QUICK, "--prompt", "a person " * 200)
     assert done.code == 0
-    assert done.err.startswith("caphuman: warning: the prompt has 100 tokens, 75 are read")
+    assert done.err.startswith("caphuman: warning: the prompt has 400 tokens, 300 are read")
     assert done.err.count("\n") == 1
 
 
@@ -280,10 +280,15 @@ def test_raw_maps_go_to_a_numpy_file_alone(refusal, photo, folder):
     assert "file" in refusal("preview", photo, "--raw", "file/maps.npy")
 
 
-def test_a_sampler_that_the_bundle_was_not_made_for_is_refused(generate_refused, photo, monkeypatch):
-    monkeypatch.setattr(Bundle, "schedule", Schedule(kind="lcm"))
-    message = generate_refused(photo, "--schedule", "ddim")
-    assert "--schedule ddim" in message and "made for lcm" in message
+@pytest.mark.parametrize(("flags", "match"), [
+    (("--schedule", "lcm", "--steps", 51), "steps is 51, expected 1 to 50"),
+    (("--schedule", "tcd", "--timesteps", "leading"), "no schedule 'tcd' with 'leading' timesteps"),
+    (("--schedule", "dpm++", "--eta", 0.5), "eta is 0.5, but dpm++ has none"),
+    (("--timesteps", "trailing", "--steps", 1001), "steps is 1001, expected 1 to 1000"),
+    (("--schedule", "euler"), "--schedule"),
+])
+def test_what_a_sampler_cannot_do_is_refused(generate_refused, photo, flags, match):
+    assert match in generate_refused(photo, *flags)
 
 
 # Bundles.
@@ -338,11 +343,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(generate_re
 
 
 def test_a_full_disk_leaves_no_half_portrait(generate_refused, photo, monkeypatch):
-    def full_disk(self, path, **settings):
-        path.write_bytes(b"half a picture")
+    written = Path.write_bytes
+
+    def full_disk(self, data):
+        written(self, data[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     assert "cannot write out.png (No space left on device)" in generate_refused(photo)
 
 
@@ -350,7 +357,7 @@ def test_an_interrupted_portrait_leaves_nothing(caphuman, photo, folder, monkeyp
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Pipeline, "_eps", interrupted)
+    monkeypatch.setattr(Denoiser, "eps", interrupted)
     done = caphuman("generate", "--photo", photo, *QUICK)
     assert (done.code, done.out, done.err) == (130, "", "caphuman: interrupted\n")
     assert not list(folder.iterdir())

@@ -24,7 +24,7 @@ def test_the_demo_writes_two_portraits_and_a_sheet(wheel, folder, capfd):
     assert printed == ["demo/portrait.png", "demo/portrait-2.png", "demo/contact_sheet.png"]
     for name, yaw in YAWS.items():
         with Image.open(folder / "demo" / name) as portrait:
-            assert json.loads(portrait.text["caphuman"])["controls"]["yaw"] == yaw
+            assert json.loads(portrait.text["caphuman"])["people"][0]["controls"]["yaw"] == yaw
     height, width, _ = load_photo(folder / "demo" / "contact_sheet.png").shape
     assert width > 5 * 256 and 2 * 256 < height < 3 * 256  # photo, three maps and portrait, twice
 

@@ -178,7 +178,7 @@ def test_a_component_may_be_a_folder(tmp_path):
     lambda data: data["config"]["vision"].update(patch_size=0),
     lambda data: data["schedule"].update(steps=4.5),
     lambda data: data["schedule"].update(sampler="ddim"),
-    lambda data: data["schedule"].update(kind="lcm"),
+    lambda data: data["schedule"].update(kind="euler"),
     lambda data: head(data).update(parity={"psnr_db": "61.5"}),
     lambda data: head(data).update(parity={"psnr_db": True}),
     lambda data: data.update(components=[]),

@@ -75,7 +75,7 @@ def test_known_cells_are_as_noisy_as_the_step_leaves_them():
 
 
 def test_the_head_s_mask_covers_both_heads_and_a_margin(pipe, subject):
-    turned = subject.head.posed(yaw=40).moved(x=0.2)
+    turned = subject.head.posed(yaw=40.0).moved(x=0.2)
     both = [pipe.maps(head) for head in (subject.head, turned)]
     mask = head_mask(both)
     covered = np.any([maps.any(axis=0) for maps in both], axis=0)
