@@ -1,6 +1,6 @@
 """Score a bundle on people that no training saw: does it draw that person, with that head, as the prompt says?
 
-    python -m benchmarks.score [--bundle DIR] [--pairs N] [--steps N] [--json]
+    python -m benchmarks.score [--bundle DIR] [--pairs N] [--steps N] [--guidance G] [--identity-guidance G] [--json]
 
 For each pair: the reference photo of one held-out identity, the head of another's (turned by 10 degrees or more), and a
 prompt that names colours of hair, background and clothes at random, and more. The portrait is measured again by the
@@ -28,9 +28,11 @@ from caphuman_edge.runtime.bundle import Bundle
 from caphuman_edge.runtime.cache import cache_dir
 from caphuman_edge.runtime.errors import BadInput, CapHumanError
 from caphuman_edge.runtime.pipeline import Pipeline
+from caphuman_edge.runtime.request import Settings
 
 CHECKOUT = Path(__file__).parents[1]
 PICTURES = CHECKOUT.parent / "shared" / "faces"
+SAMPLED = ("steps", "guidance", "identity_guidance")  # settings that may be chosen
 MEASURES_VERSION = 2  # counts up whenever a record's meaning changes, so that old records are not mixed in
 
 
@@ -54,7 +56,8 @@ def run(options: argparse.Namespace) -> int:
     judge = _judge(options)
     pipe = Pipeline(Bundle.open(options.bundle), options.backend, options.threads)
     settings = _settings(options, pipe, pictures) | {"scorer": judge.name}
-    bench = Bench(pipe, pictures, judge, _parser(options), settings["steps"], settings["prompts"] == "dealt")
+    drawn = Settings(**{name: settings[name] for name in SAMPLED})
+    bench = Bench(pipe, pictures, judge, _parser(options), drawn, settings["prompts"] == "dealt")
     store = Store.open(options.out, pipe.bundle.manifest.name, settings)
     score_pairs(bench, store, pairs, settings["dummies"])
     report(store, pairs, settings, options.json)
@@ -105,9 +108,9 @@ def report(store: Store, pairs: Sequence[Pair], settings: dict[str, Any], as_dat
 
 def _settings(options: argparse.Namespace, pipe: Pipeline, pictures: Pictures) -> dict[str, Any]:
     """All that changes a record."""
-    chosen = pipe.settings(steps=options.steps)
+    chosen = pipe.settings(**{name: getattr(options, name) for name in SAMPLED})
     names = hashlib.sha256(" ".join(sorted(pictures.names)).encode()).hexdigest()
-    return {"bundle": pipe.bundle.digest[:12], "steps": chosen.steps, "guidance": chosen.guidance,
+    return {"bundle": pipe.bundle.digest[:12], **{name: getattr(chosen, name) for name in SAMPLED},
             "prompts": options.prompts, "dummies": not options.no_dummies, "backend": options.backend,
             "pictures": names[:12], "renderer": pipe.renderer.device, "measures": MEASURES_VERSION}
 
@@ -136,6 +139,8 @@ def _command() -> argparse.ArgumentParser:
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="default: the embedded one")
     parser.add_argument("--pairs", type=int, default=200, metavar="N", help="default: %(default)d")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the bundle's)")
+    parser.add_argument("--guidance", type=float, metavar="G", help="default: the bundle's")
+    parser.add_argument("--identity-guidance", type=float, metavar="G", help="default: the bundle's")
     parser.add_argument("--prompts", choices=("dealt", "own"), default="dealt",
                         help="hair, background and so on at random (default), or the reference's own")
     parser.add_argument("--no-dummies", action="store_true", help="the portraits only: less than half the time")

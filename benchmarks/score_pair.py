@@ -22,6 +22,7 @@ from caphuman_edge.runtime.perceive import Subject
 from caphuman_edge.runtime.perception import BLENDSHAPES, FaceLandmarks
 from caphuman_edge.runtime.perception.graph import Graph
 from caphuman_edge.runtime.pipeline import Pipeline
+from caphuman_edge.runtime.request import Settings
 from caphuman_edge.runtime.sheet import map_pictures
 
 LEAST_YAW = 10  # degrees: a target head nearer the viewer tests little
@@ -53,11 +54,11 @@ class Task:
 class Bench:
     """Everything that makes and measures portraits, loaded once."""
 
-    def __init__(self, pipe: Pipeline, pictures: Pictures, scorer: Scorer | ArcFace, parser: Graph, steps: int,
-                 dealt: bool):
-        """`dealt`: prompts name attributes at random; else the reference's own."""
+    def __init__(self, pipe: Pipeline, pictures: Pictures, scorer: Scorer | ArcFace, parser: Graph,
+                 settings: Settings, dealt: bool):
+        """`settings` but for prompt and seed; `dealt`: prompts name attributes at random, else the reference's own."""
         self.pipe, self.pictures, self.scorer, self.parser = pipe, pictures, scorer, parser
-        self.steps, self.dealt = steps, dealt
+        self.settings, self.dealt = settings, dealt
         self.measured = cache(self._measured)
         self.identity = cache(self._identity)
 
@@ -74,7 +75,7 @@ class Bench:
 
     def portrait(self, task: Task, pair: Pair, head: HeadCode) -> Picture:
         """The bundle's answer."""
-        *_, last = self.pipe.generate(task.reference, head, prompt=task.prompt, seed=pair.seed, steps=self.steps)
+        *_, last = self.pipe.generate(task.reference, head, self.settings, prompt=task.prompt, seed=pair.seed)
         return last.image.pixels
 
     def dummies(self, task: Task, pair: Pair) -> dict[str, Picture]:
