@@ -4,7 +4,9 @@
 """
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +20,12 @@ from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.ref.training.weights import load_nano, read_metadata, weight_files
 from caphuman_edge.runtime.cache import sha256_of
 from caphuman_edge.runtime.cli import guarded
-from caphuman_edge.runtime.schedule import Schedule
+from caphuman_edge.runtime.errors import CheckpointError
+from caphuman_edge.runtime.samplers import DISTILLED
+from caphuman_edge.runtime.schedule import TRAILING, Schedule
 
-GUIDANCE = IDENTITY_GUIDANCE = 3.0  # equal, so that the latter costs little; see runtime.denoise
-STEPS = 20
+GUIDANCE = 4.0  # where prompts and likeness are both obeyed: see "Guidance" in benchmarks/RESULTS.md
+STEPS, STUDENT_STEPS = 20, 4
 LICENCE_TEXT = """\
 The weights of this bundle's text_encoder, image_encoder, hint_encoder, denoiser, capface, unet, vae_encoder,
 vae_decoder and preview_decoder are licensed for non-commercial research use only. They were trained by the CapHuman
@@ -44,23 +48,40 @@ LICENCES = {
 def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, required=True, help="folder of a training.nano run")
+    parser.add_argument("--weights", type=Path, required=True, help="folder of a training.nano or training.distill run")
     parser.add_argument("--vae", type=Path, required=True, help="folder of a training.vae run")
     parser.add_argument("--labels", type=Path, required=True, help="label folder, for the preview decoder")
     parser.add_argument("--perception", type=Path, required=True, help="folder written by export.perception")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    model = load_nano(options.weights, options.vae)
     facts = read_metadata(options.weights)
+    schedule = schedule_of(facts, str(options.weights))
+    model = load_nano(options.weights, options.vae)
     folders = {"model": options.weights, "vae": options.vae}
     hashes = {f"{part}/{path.name}": digest for part, folder in folders.items()
               for path, digest in sha256_of(weight_files(folder)).items()}
     provenance = {"samples_seen": facts["samples"], "training_steps": facts["step"], "sha256": hashes}
-    schedule = Schedule(steps=STEPS, guidance=GUIDANCE, identity_guidance=IDENTITY_GUIDANCE)
+    if "distilled" in facts:
+        provenance["distilled"] = facts["distilled"]
     sources = Sources(perception_in(options.perception), "nano", schedule, provenance, LICENCES, LICENCE_TEXT)
     build(model, preview_from(model, options.labels), sources, options.out,
           report=lambda line: print(line, file=sys.stderr))
     return 0
+
+
+def schedule_of(facts: Mapping[str, Any], source: str) -> Schedule:
+    """What weights with these metadata are sampled by: a student by the sampler that it was distilled for, unguided.
+
+    `source` names the weights in errors. Raises CheckpointError for a kind of distillation that there is not.
+    """
+    if "distilled" not in facts:
+        return Schedule(steps=STEPS, guidance=GUIDANCE)
+    distilled = facts["distilled"]
+    kind = distilled.get("kind") if isinstance(distilled, dict) else distilled
+    if kind not in DISTILLED:
+        raise CheckpointError(f"{source} is distilled for {kind!r:.40}, expected {' or '.join(DISTILLED)}; distil it "
+                              "by training.distill")
+    return Schedule(kind=kind, steps=STUDENT_STEPS, guidance=1.0, identity_guidance=1.0, timesteps=TRAILING)
 
 
 def preview_from(model: CapHuman, labels: Path) -> PreviewDecoder:
