@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from caphuman_edge.runtime.cli.report import add_json_flag
-from caphuman_edge.runtime.cli.values import number, whole
+from caphuman_edge.runtime.cli.values import number, size, whole
 from caphuman_edge.runtime.head.library import OPEN
 from caphuman_edge.runtime.manifest import FORMATS
 from caphuman_edge.runtime.schedule import LEADING, SCHEDULES, TRAILING, Schedule
@@ -13,7 +13,6 @@ from caphuman_edge.runtime.schedule import LEADING, SCHEDULES, TRAILING, Schedul
 NEEDED = ("torch", "onnx_ir", "onnxscript", "safetensors")  # the export extra
 if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
     raise ImportError(f"No module named {missing[0]!r}")  # the command line then leaves the command out
-SIZES = range(256, 1025, 64)  # px
 
 
 def add(subparsers: Any) -> None:
@@ -74,7 +73,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--denoiser", choices=("fused", "split", "both"), default="fused",
                        help="one graph, which is fast (default), or CapFace and UNet apart, for less memory; Core ML "
                        "takes them apart always, and a ControlNet needs them apart, too")
-    group.add_argument("--size", type=_size, default=None, metavar="WxH",
+    group.add_argument("--size", type=size, default=None, metavar="WxH",
                        help="of the portraits, px, 256 to 1024 in steps of 64 (default: 512x512)")
     group.add_argument("--phone", action="store_true", help="Core ML packages for phones: the Neural Engine's form of "
                        "attention, weights of 6 bits, the UNet in two chunks")
@@ -104,18 +103,6 @@ def _formats(value: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(f"{', '.join(unknown) or repr(value)} is no format, expected some of "
                                          f"{', '.join(FORMATS)}, with commas between")
     return names
-
-
-def _size(value: str) -> tuple[int, int]:
-    width, _, height = value.partition("x")
-    try:
-        edges = int(width), int(height or width)
-    except ValueError:
-        edges = 0, 0
-    if not all(edge in SIZES for edge in edges):
-        raise argparse.ArgumentTypeError(f"{value!r} is no size, expected such as 512x768: 256 to 1024 px in steps of "
-                                         "64")
-    return edges
 
 
 def _name(value: str) -> str:
