@@ -15,9 +15,8 @@ from caphuman_edge.export.parts import FACTS, Part
 from caphuman_edge.export.stages import COREML_FILE, MOBILE_FILE, OPENVINO_FILE, Job, Options
 from caphuman_edge.runtime.backends import open_backend
 from caphuman_edge.runtime.bundle import record_files
-from caphuman_edge.runtime.contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS, Config, GraphSpec, graphs
+from caphuman_edge.runtime.contract import GATE, OFFICIAL_GRAPHS, PERCEPTION_GRAPHS, Config, GraphSpec, graphs
 from caphuman_edge.runtime.manifest import DATA, Component, Form
-from caphuman_edge.runtime.selftest import GATE
 from caphuman_edge.runtime.tokenizer import VOCABULARY
 
 SELFTEST_SEED = 7

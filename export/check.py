@@ -13,9 +13,9 @@ from torch import nn
 
 from caphuman_edge.export.graphs import example_inputs
 from caphuman_edge.runtime.backends import Backend
-from caphuman_edge.runtime.contract import GraphSpec
+from caphuman_edge.runtime.contract import GATE, GraphSpec
 from caphuman_edge.runtime.errors import BundleError
-from caphuman_edge.runtime.selftest import FLOOR_GATES, GATE, psnr_db, told_apart
+from caphuman_edge.runtime.selftest import FLOOR_GATES, psnr_db, told_apart
 
 FLOOR_DB = 60.0  # least PSNR of any output in float32 arithmetic on the reference's own weights
 FLOOR_HALF_DB = 35.0  # where weights were rounded to 16 bits, or arithmetic is in 16 bits

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caphuman_edge.ref.caphuman import CapHuman, face_gates
-from caphuman_edge.runtime.contract import TEXT_TOKENS, TensorSpec, residual_levels
+from caphuman_edge.runtime.contract import GATE, TEXT_TOKENS, TensorSpec, residual_levels
 
 
 class HintEncoder(nn.Module):
@@ -155,7 +155,7 @@ def _example(spec: TensorSpec, shape: list[int], generator: torch.Generator) -> 
         return torch.randint(0, 49407, shape, generator=generator)
     if spec.name == "timestep":
         return torch.tensor([501.0])
-    if spec.name.startswith("gate_"):
+    if spec.name.startswith(GATE):
         return (torch.rand(shape, generator=generator) > 0.4).float()
     if spec.name in ("image", "face"):
         return torch.rand(shape, generator=generator) * (255 if spec.name == "face" else 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1: the image encoder's input is normalised so
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+GATE = "gate_"  # how the names of gates begin; the rest is the level
 RESIDUALS = 13  # CapFace residuals: 12 input blocks and the middle block
 PERCEPTION_GRAPHS = ("face_detector", "face_landmarks", "face_blendshapes", "id_encoder")
 # What a bundle built from official checkpoints measures photos with besides: DECA, BiSeNet and MTCNN.
@@ -269,7 +270,7 @@ def _gates(config: Config) -> tuple[TensorSpec, ...]:
     """0/1 gates, one a level: `gate_k` at latent size / 2**k."""
     rows, columns = config.latent_shape[1:]
     levels = range(len(config.unet.channel_mult))
-    return tuple(TensorSpec(f"gate_{k}", (1, 1, rows >> k, columns >> k)) for k in levels)
+    return tuple(TensorSpec(f"{GATE}{k}", (1, 1, rows >> k, columns >> k)) for k in levels)
 
 
 def _face_tokens(config: Config) -> TensorSpec:

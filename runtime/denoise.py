@@ -10,11 +10,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from .backends import Arrays, Graph
-from .contract import RESIDUALS
+from .contract import GATE, RESIDUALS
 from .errors import BadInput
 from .schedule import guided
 
-GATE = "gate_"  # how the names of gates begin; the rest is the level
 Latent = Float32[np.ndarray, "1 c h w"]
 Scales = Float32[np.ndarray, "13"]
 

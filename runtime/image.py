@@ -82,6 +82,16 @@ def save_picture(
     _write_whole(path, data)
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; a former one stays until then. Raises OSError."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_bytes(data)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def save_png(path: str | Path, image: UInt8[np.ndarray, "h w 3"], metadata: Mapping[str, str] | None = None) -> None:
     """Write a PNG with text metadata, whole or not at all: a killed process leaves no half picture.
 
@@ -158,14 +168,10 @@ def _check_place(path: Path, kinds: str, fits: bool) -> None:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_bytes(data)
-        os.replace(scratch, path)
+        replace_file(path, data)
     except OSError as error:
         raise BadInput(f"cannot write {path} ({error.strerror or error}); choose another place") from error
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _encoded(pixels: UInt8[np.ndarray, "h w 3"], kind: str, **settings: Any) -> bytes:

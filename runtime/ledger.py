@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .errors import BadInput
+from .image import replace_file
 
 LEDGER, LOCK = "ledger.jsonl", ".batch.lock"
 LONGEST_RECORD = 1_000_000  # bytes; the names of 1000 portraits are at most 200,000
@@ -135,12 +136,9 @@ def clear_scratch(folder: Path) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file whole or not at all. Raises BadInput where it cannot be written."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_bytes(data)
-        os.replace(scratch, path)
+        replace_file(path, data)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise unwritable(path, error) from error
 
 

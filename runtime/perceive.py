@@ -52,11 +52,11 @@ def measure_subject(see: Perception, heads: HeadFitter | DecaEncoder, photo: UIn
         picture = clip_pixels(face_on_white(framed, parser, edge), crop_size)
     else:
         picture = face_crop(photo, face, crop_size)
-    source = {"photo_sha256": pixels_sha256(photo), "face": face_number or 1, "fit": fit}
+    source = {"photo_sha256": array_sha256(photo), "face": face_number or 1, "fit": fit}
     region = frame_region(photo, face, fit, aspect)
     return Subject(framed, seen, head, see.identity(photo, face), picture, region, source)
 
 
-def pixels_sha256(pixels: UInt8[np.ndarray, "h w *channels"]) -> str:
-    """Of a picture's pixels: the same for copies whose files differ in metadata alone."""
-    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
+def array_sha256(array: np.ndarray) -> str:
+    """Of a picture's pixels, the same for copies whose files differ in metadata alone; or of a mask's numbers."""
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

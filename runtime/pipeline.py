@@ -1,6 +1,5 @@
 """From photos, heads and a prompt to a portrait. Only this file knows the order of the stages."""
 import dataclasses
-import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -24,7 +23,7 @@ from .head import OPEN_HEAD, DecaEncoder, HeadCode, HeadFitter, HeadModel, is_fl
 from .image import load_photo, resize
 from .machine import FUSED, Machine
 from .noise import cuda_normal
-from .perceive import Subject, measure_subject, pixels_sha256
+from .perceive import Subject, array_sha256, measure_subject
 from .perception import InsightFace, Perception
 from .portrait import Step
 from .prompt import text_tokens
@@ -192,12 +191,21 @@ class Pipeline:
         hints = []
         if control is not None:
             hints.append(self.graph("control_encoder")({"image": self._control_image(control)})["hint"])
-        unet = self.graph(self.machine.denoiser(self.bundle, bool(hints) or len(people) > 1)[-1])
-        most = next(spec.shape[1] for spec in unet.inputs if spec.name == "text_tokens")
-        return Conditions(
-            self._text_tokens(settings, most), [self._person(who) for who in people], scales_of(settings.strength),
+        conditions = Conditions(
+            self._text_tokens(settings), [self._person(who) for who in people], scales_of(settings.strength),
             settings.guidance or 0.0, settings.identity_guidance or 0.0, settings.tau, settings.enhancement, hints,
             scales_of(settings.control_strength, "control_strength"))
+        self._check_tokens(conditions)
+        return conditions
+
+    def _check_tokens(self, conditions: Conditions) -> None:
+        """Raise BadInput for prompts longer than what the UNet of this portrait reads, such as Core ML's."""
+        unet = self.graph(self.machine.denoiser(self.bundle, conditions.split)[-1])
+        most = next(spec.shape[1] for spec in unet.inputs if spec.name == "text_tokens")
+        given = conditions.text.shape[1]
+        if isinstance(most, int) and given > most:
+            raise BadInput(f"the prompts take {given} tokens, this bundle's UNet reads {most} on backend "
+                           f"{self.machine.backend}; shorten them, or choose another backend")
 
     def _person(self, who: Person) -> Arrays:
         """One person as CapFace reads it."""
@@ -227,28 +235,25 @@ class Pipeline:
         mean = self.graph("vae_encoder")({"sample": sample})["latent_parameters"][:, :config.vae.latent_channels]
         return Known(mean, noise, drawn_cells(canvas.mask, *config.latent_shape[1:]))
 
-    def _text_tokens(self, settings: Settings, most: int | str) -> Float32[np.ndarray, "b n c"]:
-        """The prompt's tokens, of which the UNet reads `most`; with guidance, the negative prompt's before them."""
+    def _text_tokens(self, settings: Settings) -> Float32[np.ndarray, "b n c"]:
+        """The prompt's tokens; with guidance, the negative prompt's before them."""
         texts = [settings.prompt] if settings.guidance == 1 else [settings.negative, settings.prompt]
         encoder = self.graph("text_encoder")
-        tokens = text_tokens(self.tokenizer, texts, lambda ids: encoder({"input_ids": ids})["last_hidden_state"])
-        if isinstance(most, int) and tokens.shape[1] > most:
-            raise BadInput(f"the prompts take {tokens.shape[1]} tokens, this bundle's UNet reads {most} on backend "
-                           f"{self.machine.backend}; shorten them, or choose another backend")
-        return tokens
+        return text_tokens(self.tokenizer, texts, lambda ids: encoder({"input_ids": ids})["last_hidden_state"])
 
     def _recipe(self, people: Sequence[Person], settings: Settings, canvas: Canvas | None,
                 control: np.ndarray | None) -> dict[str, Any]:
         """All that makes the picture again, but the photos themselves: no path, since the picture may be shared."""
         (head_digest,) = sha256_of([self.head_file]).values()
-        others = {"canvas": None if canvas is None else {"photo_sha256": pixels_sha256(canvas.photo),
-                                                         "mask_sha256": _array_sha256(canvas.mask)},
-                  "control_sha256": _array_sha256(control)}
+        others: dict[str, Any] = {} if control is None else {"control_sha256": array_sha256(control)}
+        if canvas is not None:
+            mask = None if canvas.mask is None else array_sha256(canvas.mask)
+            others["canvas"] = {"photo_sha256": array_sha256(canvas.photo), "mask_sha256": mask}
         return {**dataclasses.asdict(settings), "backend": self.machine.backend,
                 "device": self.machine.device, "precision": self.machine.precision,
                 "people": [_told(who) for who in people],
-                **{name: value for name, value in others.items() if value is not None},
-                "head_sha256": head_digest, "bundle": self.bundle.manifest.name, "bundle_sha256": self.bundle.digest,
+                **others, "head_sha256": head_digest,
+                "bundle": self.bundle.manifest.name, "bundle_sha256": self.bundle.digest,
                 "made_with": f"caphuman-edge {version('caphuman-edge')}"}
 
 
@@ -258,9 +263,5 @@ def _walked(steps: Sequence[SamplerStep], denoise: float) -> Sequence[SamplerSte
 
 
 def _told(who: Person) -> dict[str, Any]:
-    mask = {} if who.mask is None else {"mask_sha256": _array_sha256(who.mask)}
+    mask = {} if who.mask is None else {"mask_sha256": array_sha256(who.mask)}
     return {**who.subject.source, "head": (who.head or who.subject.head).numbers(), **mask}
-
-
-def _array_sha256(array: np.ndarray | None) -> str | None:
-    return None if array is None else hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

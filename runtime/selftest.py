@@ -11,6 +11,7 @@ import numpy as np
 
 from .backends import Arrays, Graph, open_backend
 from .bundle import Bundle
+from .contract import GATE
 from .errors import BundleError, ShapeMismatch
 from .machine import FUSED, SPLIT, Machine
 from .manifest import Form
@@ -18,7 +19,6 @@ from .manifest import Form
 FLOOR_COARSE, FLOOR_HALF, FLOOR_FLOAT = 35.0, 45.0, 60.0  # dB; see `floor_db`
 FLOORS_PALETTE = {"palettised-6": 25.0, "palettised-4": 12.0}  # dB; weights of 64 and 16 values are noisy themselves
 FLOOR_GATES = 30.0  # dB; gates are 0 or 1, and this is one in a thousand flipped
-GATE = "gate_"  # how their names begin
 PARAMETERS, MOMENTS = "latent_parameters", ("latent_mean", "latent_log_variance")
 EXACT = 200.0  # dB; stands for no difference at all, which JSON has no infinity for
 

@@ -1,7 +1,7 @@
 """`caphuman generate`: a portrait of the people in photos, with the heads and the prompt that are asked for."""
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,9 +88,7 @@ def make(args: argparse.Namespace, open_pipe: Callable[[], AbstractContextManage
     sources, read = [controls.load_sources(one) for one in crowd], frames.load(args)
     sources = remake.with_heads(told, sources, crowd) if told else sources
     with open_pipe() as pipe:
-        settings = chosen_settings(pipe, args, len(crowd))
-        for one in crowd:
-            controls.check_controls(pipe, one, args.canvas is not None)
+        settings = check(pipe, args, crowd)
         scene = frames.scene(pipe, read, args)
         seen = [controls.find_heads(pipe, source, one, scene) for source, one in zip(sources, crowd, strict=True)]
         if told:
@@ -100,6 +98,14 @@ def make(args: argparse.Namespace, open_pipe: Callable[[], AbstractContextManage
             drawn = dataclasses.replace(drawn, controls=remake.controls_of(told, sources, drawn.controls))
         portraits = draw_all(pipe, drawn, dict(zip(files, settings, strict=True)), mark or {}, args, watch)
     return [{"file": str(file), "recipe": portrait.recipe} for file, portrait in zip(files, portraits, strict=True)]
+
+
+def check(pipe: Pipeline, args: argparse.Namespace, crowd: Sequence[argparse.Namespace]) -> list[Settings]:
+    """The settings, one a portrait, once they and everybody's controls are known to be good; looks at no photo."""
+    settings = chosen_settings(pipe, args, len(crowd))
+    for one in crowd:
+        controls.check_controls(pipe, one, args.canvas is not None)
+    return settings
 
 
 def chosen_settings(pipe: Pipeline, args: argparse.Namespace, people: int = 1) -> list[Settings]:

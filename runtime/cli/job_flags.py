@@ -11,7 +11,7 @@ from ..batch import FileDigests, check_id, digest_of, parse_job
 from ..cache import sha256_of
 from ..errors import BadInput
 from ..pipeline import Pipeline
-from . import Parser, controls, frames, generate, people, remake
+from . import Parser, frames, generate, people, remake
 from .values import picture, png
 
 MACHINE = "machine"  # title of the group whose flags open the pipeline, so that all jobs share them
@@ -158,9 +158,7 @@ def check(pipe: Pipeline, args: argparse.Namespace) -> None:
             raise BadInput(f"count is {args.count} with a recipe, expected 1; write a job for each, with a seed")
         remake.fill_in(args, crowd)
     frames.check(args)
-    generate.chosen_settings(pipe, args, len(crowd))
-    for one in crowd:
-        controls.check_controls(pipe, one, args.canvas is not None)
+    generate.check(pipe, args, crowd)
 
 
 def _text(key: str, value: Any) -> str:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from skimage.data import astronaut
 
-from caphuman_edge.runtime import Bundle, Canvas, Pipeline
+from caphuman_edge.runtime import Canvas, Pipeline
 from caphuman_edge.runtime.canvas import Known, drawn_cells, head_mask
 from caphuman_edge.runtime.errors import BadInput, BundleError
 from caphuman_edge.runtime.framing import Region
@@ -19,11 +19,6 @@ HOLE[24:40, 24:40] = 1
 @pytest.fixture(scope="module")
 def photo():
     return np.random.default_rng(0).integers(0, 256, (100, 120, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return Pipeline(Bundle.open(), renderer="numpy")
 
 
 @pytest.fixture(scope="module")

@@ -4,21 +4,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from caphuman_edge.runtime import Bundle, Person, Pipeline
+from caphuman_edge.runtime import Person, Pipeline
 from caphuman_edge.runtime.denoise import Conditions, Denoiser, scales_of, within
 from caphuman_edge.runtime.errors import BadInput, BundleError
 
 ONES = np.ones(13, np.float32)
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return Pipeline(Bundle.open(), renderer="numpy")
-
-
-@pytest.fixture(scope="module")
-def subject(pipe, stranger):
-    return stranger(pipe)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +29,7 @@ def other(pipe, subject):
 
 @pytest.fixture(scope="module")
 def text(pipe):
-    return pipe._text_tokens(pipe.settings(prompt="a portrait, blue background", guidance=3.0), "tokens")
+    return pipe._text_tokens(pipe.settings(prompt="a portrait, blue background", guidance=3.0))
 
 
 @pytest.fixture

@@ -16,16 +16,6 @@ from caphuman_edge.runtime.machine import Machine, row_by_row
 from caphuman_edge.runtime.schedule import alphas_cumprod
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return Pipeline(Bundle.open(), renderer="numpy")
-
-
-@pytest.fixture(scope="module")
-def subject(pipe, stranger):
-    return stranger(pipe)
-
-
 @pytest.fixture
 def calls(pipe, monkeypatch):
     """Every call of the denoiser: its inputs and its eps."""

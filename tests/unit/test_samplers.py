@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, 
 from diffusers.schedulers import scheduling_lcm, scheduling_tcd
 from skimage.data import astronaut
 
-from caphuman_edge.runtime import Bundle, Canvas, Pipeline
+from caphuman_edge.runtime import Bundle, Canvas
 from caphuman_edge.runtime.errors import BadInput, BundleError
 from caphuman_edge.runtime.framing import Region
 from caphuman_edge.runtime.manifest import parse
@@ -238,16 +238,6 @@ def test_a_bundle_with_a_sampler_that_there_is_not_is_refused(change, match):
 
 
 # On the embedded bundle.
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return Pipeline(Bundle.open(), renderer="numpy")
-
-
-@pytest.fixture(scope="module")
-def subject(pipe, stranger):
-    return stranger(pipe)
 
 
 @pytest.fixture(scope="module")
