@@ -7,7 +7,7 @@ Reference and target are different pictures of one identity, so that identity an
 and what the prompt says is learnt four times as fast on small pictures, and kept.
 The loss is the error of v (Salimans and Ho 2022) plus the mask's. In terms of eps it weighs noisy timesteps up to 200
 times more than the usual loss does: there only the conditions can tell what to draw. With `--critic DIR` (a run of
-`training.critic` on pictures of the same size) the picture that eps implies has to show the reference's person, too.
+`training.critic` on pictures of the same size) the face that eps implies has to be the reference's person's, too.
 """
 import argparse
 import dataclasses
@@ -102,7 +102,8 @@ class Trainer:
         terms = {"loss": weighted.mean() + MASK_WEIGHT * mask, "v": v.mean(), "eps": error.mean(), "mask": mask}
         if self.critic:
             clean = (noisy - (1 - alpha_bar).sqrt() * eps.float()) / alpha_bar.sqrt()
-            terms["identity"] = unlikeness(self.critic, clean, batch.identities).mean()
+            shown = torch.lerp(batch.latents, clean, batch.masks)  # hair and surroundings are the prompt's to say
+            terms["identity"] = unlikeness(self.critic, shown, batch.identities).mean()
             terms["loss"] = terms["loss"] + IDENTITY_WEIGHT * terms["identity"]
         return terms
 

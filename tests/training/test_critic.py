@@ -145,6 +145,18 @@ def test_the_term_reads_the_picture_that_eps_implies(trained, labels, narrow):
     assert float(trainer.losses(batch)["identity"]) == pytest.approx(float(expected), rel=1e-2)
 
 
+def test_the_term_judges_the_face_alone(trained, labels, narrow):
+    """Hair and surroundings are the prompt's to say: what eps implies there changes nothing."""
+    trainer = nano.Trainer(NANO, labels.words, CPU, compiled=False, critic=load_critic(trained, 16))
+    batch = labels.batch(4, np.random.default_rng(0), CPU, 0.0)
+    terms = []
+    for change in (0.0, 1.0 - batch.masks, batch.masks):
+        torch.manual_seed(0)
+        trainer.predict = lambda noisy, timestep, batch, change=change: (noisy + change, torch.zeros(4, 1, 16, 16))
+        terms.append(float(trainer.losses(batch)["identity"]))
+    assert terms[1] == terms[0] != terms[2]
+
+
 def test_training_leaves_the_critic_as_it_is(trained, labels, tmp_path, narrow):
     critic = load_critic(trained, 16)
     before = [value.clone() for value in critic.state_dict().values()]
