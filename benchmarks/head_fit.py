@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.heldout import Pictures
 from benchmarks.score import PICTURES
 from caphuman_edge.export.landmark_bias import Span, picture, random_head
+from caphuman_edge.quant.heldout import Pictures
 from caphuman_edge.runtime.bundle import Bundle
 from caphuman_edge.runtime.errors import CapHumanError, FaceError
 from caphuman_edge.runtime.head import HeadCode, HeadFitter, HeadModel, project

@@ -15,15 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.heldout import Pair, Pictures, pair_up
 from benchmarks.score_pair import Bench, wanted_of
 from benchmarks.score_report import as_json, as_markdown
 from benchmarks.score_store import SHOWN, Store
-from benchmarks.scorer import ArcFace, Scorer, default_path, fetch
-from caphuman_edge.export.assets import FACE_PARSER
-from caphuman_edge.export.assets import fetch as fetch_asset
-from caphuman_edge.export.official import export_official
-from caphuman_edge.runtime.backends import Graph, open_backend
+from caphuman_edge.quant.heldout import Pair, Pictures, pair_up
+from caphuman_edge.quant.judges import default_path, open_judge, open_parser
 from caphuman_edge.runtime.bundle import Bundle
 from caphuman_edge.runtime.cache import cache_dir
 from caphuman_edge.runtime.errors import BadInput, CapHumanError
@@ -53,11 +49,12 @@ def run(options: argparse.Namespace) -> int:
     """Score the missing pairs, then report on all."""
     pictures = Pictures(options.pictures)
     pairs = pair_up(pictures.names, options.pairs)
-    judge = _judge(options)
     pipe = Pipeline(Bundle.open(options.bundle), options.backend, options.threads)
+    judge = open_judge(options.judge, options.scorer, options.fetch, pipe.bundle, options.threads)
     settings = _settings(options, pipe, pictures) | {"scorer": judge.name}
     drawn = Settings(**{name: settings[name] for name in SAMPLED})
-    bench = Bench(pipe, pictures, judge, _parser(options), drawn, settings["prompts"] == "dealt")
+    parser = open_parser(options.parser, options.fetch, options.backend, options.threads)
+    bench = Bench(pipe, pictures, judge, parser, drawn, settings["prompts"] == "dealt")
     store = Store.open(options.out, pipe.bundle.manifest.name, settings)
     score_pairs(bench, store, pairs, settings["dummies"])
     report(store, pairs, settings, options.json)
@@ -113,25 +110,6 @@ def _settings(options: argparse.Namespace, pipe: Pipeline, pictures: Pictures) -
     return {"bundle": pipe.bundle.digest[:12], **{name: getattr(chosen, name) for name in SAMPLED},
             "prompts": options.prompts, "dummies": not options.no_dummies, "backend": options.backend,
             "pictures": names[:12], "renderer": pipe.renderer.device, "measures": MEASURES_VERSION}
-
-
-def _judge(options: argparse.Namespace) -> Scorer | ArcFace:
-    if options.judge == "arcface":
-        return ArcFace()
-    if options.fetch and not options.scorer.exists():
-        fetch(options.scorer)
-    return Scorer(options.scorer)
-
-
-def _parser(options: argparse.Namespace) -> Graph:
-    """The face parser's graph, made once from its fetched weights."""
-    path = options.parser / "parser" / "model.onnx"
-    if options.fetch and not path.is_file():
-        export_official({"parser": fetch_asset(FACE_PARSER, cache_dir())}, options.parser)
-    if not path.is_file():
-        raise BadInput(f"{path} is missing: add --fetch to make it, or name the folder that `export.official` wrote "
-                       "with --parser")
-    return open_backend(options.backend).load(path, threads=options.threads)
 
 
 def _command() -> argparse.ArgumentParser:

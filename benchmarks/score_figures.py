@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.estimates import Estimate, correlation, estimate, mean, mean_error, slope
+from caphuman_edge.quant.estimates import Estimate, correlation, estimate, mean, mean_error, slope
 
 ANSWER = "portrait"  # the column that is scored; the others are dummies
 FRONTAL = "frontal"

@@ -1,7 +1,6 @@
 """Where a score keeps what it has done, so that a stopped run goes on: one JSON line a pair, strips for the sheet."""
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from caphuman_edge.quant.records import Records
 from caphuman_edge.runtime.image import save_png
 from caphuman_edge.runtime.sheet import Tile, contact_sheet
 
@@ -42,20 +42,12 @@ class Store:
         return self.stem.with_name(self.stem.name + ".png")
 
     def records(self) -> dict[int, dict[str, Any]]:
-        """What is done, by pair. A last line that a kill cut short is dropped from the file."""
-        if not self.records_file.exists():
-            return {}
-        whole, _, cut = self.records_file.read_text().rpartition("\n")
-        if cut:
-            self.records_file.write_text(whole + "\n" if whole else "")
-        return {record["pair"]: record for record in map(json.loads, whole.splitlines())}
+        """What is done, by pair."""
+        return Records(self.records_file).read()
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Append one pair's record, at once and whole."""
-        with self.records_file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Keep one pair's record, at once and whole."""
+        Records(self.records_file).add(record)
 
     def keep_strip(self, pair: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Keep one pair's pictures, by label, for the sheet."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.heldout import Pictures
 from benchmarks.score import PICTURES
-from benchmarks.scorer import Scorer, default_path
+from caphuman_edge.quant.heldout import Pictures
+from caphuman_edge.quant.judges import FaceNet, default_path
 from caphuman_edge.runtime.bundle import Bundle
 from caphuman_edge.runtime.errors import CapHumanError, FaceError
 from caphuman_edge.runtime.pipeline import Pipeline
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--scorer", type=Path, default=default_path(), metavar="FILE")
     options = parser.parse_args()
     try:
-        pipe, scorer = Pipeline(Bundle.open(options.bundle)), Scorer(options.scorer)
+        pipe, scorer = Pipeline(Bundle.open(options.bundle)), FaceNet(options.scorer)
         names, vectors = embed(pipe, scorer, Pictures(options.pictures), options.identities)
     except CapHumanError as error:
         print(f"scorer_check: {error}", file=sys.stderr)
@@ -34,7 +34,7 @@ def main() -> int:
     return 0
 
 
-def embed(pipe: Pipeline, scorer: Scorer, pictures: Pictures, identities: int) -> tuple[list[str], np.ndarray]:
+def embed(pipe: Pipeline, scorer: FaceNet, pictures: Pictures, identities: int) -> tuple[list[str], np.ndarray]:
     """Names and unit vectors (n, 512) of all measurable pictures of the first identities."""
     names, vectors = [], []
     for name in sorted(name for name in pictures.names if int(name[:5]) < identities):

@@ -4,12 +4,14 @@ import tarfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from caphuman_edge.runtime.contract import HELD_OUT_SEEDS
 from caphuman_edge.runtime.errors import BadInput
+from caphuman_edge.runtime.framing import Fit
 
 ARCHIVES = ("faces_256.tar", "variants_256.tar")
 POSES = ("", "_a", "_b")  # an identity's picture, and the same person in two more poses
@@ -33,11 +35,7 @@ class Pair:
     targets: tuple[str, ...]  # in the order to try; the first that is turned far enough gives the head
     others: tuple[str, ...]  # references of other people
     seed: int  # of the portrait's noise
-
-    @property
-    def shown(self) -> bool:
-        """Whether the reference may stand in a contact sheet."""
-        return int(self.reference) not in CHILD_LIKE
+    shown: bool = True  # whether the reference may stand in a contact sheet
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class Pictures:
     """The held-out pictures by name, from a folder of JPEGs or from one that holds the two archives."""
 
     folder: Path
+    fit: ClassVar[Fit] = "squash"  # all are framed as the training's were
+    least_yaw: ClassVar[float] = 10.0  # degrees: a target head nearer the viewer tests little
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -64,7 +64,7 @@ class Pictures:
 
     @cached_property
     def _files(self) -> dict[str, Path]:
-        return {path.name: path for path in self.folder.glob("[0-9]*.jpg")}
+        return {path.name: path for path in self.folder.glob("[0-9]" * 5 + "*.jpg")}
 
     @cached_property
     def _members(self) -> dict[str, tuple[Path, int, int]]:
@@ -83,14 +83,14 @@ class Pictures:
             return archive.read(size)
 
 
-def pair_up(names: frozenset[str], count: int) -> list[Pair]:
+def pair_up(names: frozenset[str], count: int, flag: str = "--pairs") -> list[Pair]:
     """The first `count` pairs, each with another reference; the same ones for every bundle and every count.
 
-    Raises BadInput for more pairs than there are identities.
+    Raises BadInput for more pairs than there are identities; `flag` is what the user asked for them with.
     """
     references = sorted(name for name in names if "_" not in name)
     if not 1 <= count <= len(references):
-        raise BadInput(f"--pairs is {count}, expected 1 to {len(references)}, the held-out identities at hand")
+        raise BadInput(f"{flag} is {count}, expected 1 to {len(references)}, the held-out identities at hand")
     order = np.random.default_rng(PAIRING_SEED).permutation(references)
     return [_pair(number, str(order[number]), sorted(names), references) for number in range(count)]
 
@@ -99,4 +99,4 @@ def _pair(number: int, reference: str, names: list[str], references: list[str]) 
     rng = np.random.default_rng([PAIRING_SEED, number])
     targets = [str(name) for name in rng.permutation(names) if not str(name).startswith(reference)]
     others = [str(name) for name in rng.permutation(references) if str(name) != reference]
-    return Pair(number, reference, tuple(targets), tuple(others[:OTHERS]), seed=number)
+    return Pair(number, reference, tuple(targets), tuple(others[:OTHERS]), number, int(reference) not in CHILD_LIKE)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("benchmarks", reason="runs from a checkout: python -m pytest")
-from benchmarks.heldout import Pictures
+from caphuman_edge.quant.heldout import Pictures
 from caphuman_edge.runtime.backends import ort
 from caphuman_edge.runtime.contract import FULL, PERCEPTION_GRAPHS
 from caphuman_edge.runtime.head import HeadFitter, load_head

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("benchmarks", reason="runs from a checkout: python -m pytest")
 from benchmarks.head_fit import Rig, fit_photos, known_poses, on_points, on_render
-from benchmarks.heldout import Pictures
+from caphuman_edge.quant.heldout import Pictures
 from caphuman_edge.runtime.bundle import Bundle
 from caphuman_edge.runtime.head import HeadFitter
 from caphuman_edge.runtime.pipeline import Pipeline

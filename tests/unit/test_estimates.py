@@ -2,8 +2,7 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("benchmarks", reason="runs from a checkout: python -m pytest")
-from benchmarks.estimates import correlation, estimate, mean, mean_error, slope
+from caphuman_edge.quant.estimates import correlation, estimate, mean, mean_error, slope
 
 RNG = np.random.default_rng(1)
 WANTED = RNG.uniform(-40, 40, 300)

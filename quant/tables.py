@@ -1,0 +1,38 @@
+"""Figures as cells of Markdown tables, and as JSON."""
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from caphuman_edge.quant.estimates import Estimate
+
+Style = tuple[float, int, str]  # factor, decimals, unit
+PERCENT: Style = (100, 1, " %")
+PERCENT_GIVEN: Style = (1, 1, " %")
+DEGREES: Style = (1, 1, "°")
+PLAIN: Style = (1, 2, "")
+
+
+def cell(number: Estimate, style: Style, with_interval: bool) -> str:
+    """A figure, with its interval in brackets; - where it has no value."""
+    if number.value != number.value:
+        return "-"
+    factor, decimals, unit = style
+    value, low, high = (f"{factor * part:.{decimals}f}" for part in (number.value, number.low, number.high))
+    return f"{value}{unit} [{low}, {high}]" if with_interval else value + unit
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def plain(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Dataclasses by name as numbers for JSON, which knows no NaN."""
+    return {name: without_nan(dataclasses.asdict(value)) for name, value in found.items()}
+
+
+def without_nan(value: Any) -> Any:
+    """The same, null for NaN."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    return None if isinstance(value, float) and value != value else value
