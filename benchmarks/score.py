@@ -8,7 +8,6 @@ runtime's perception, a face parser and a face network that the bundle does not 
 do the task. A stopped run goes on where it was.
 """
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -106,10 +105,9 @@ def report(store: Store, pairs: Sequence[Pair], settings: dict[str, Any], as_dat
 def _settings(options: argparse.Namespace, pipe: Pipeline, pictures: Pictures) -> dict[str, Any]:
     """All that changes a record."""
     chosen = pipe.settings(**{name: getattr(options, name) for name in SAMPLED})
-    names = hashlib.sha256(" ".join(sorted(pictures.names)).encode()).hexdigest()
     return {"bundle": pipe.bundle.digest[:12], **{name: getattr(chosen, name) for name in SAMPLED},
             "prompts": options.prompts, "dummies": not options.no_dummies, "backend": options.backend,
-            "pictures": names[:12], "renderer": pipe.renderer.device, "measures": MEASURES_VERSION}
+            "pictures": pictures.digest, "renderer": pipe.renderer.device, "measures": MEASURES_VERSION}
 
 
 def _command() -> argparse.ArgumentParser:

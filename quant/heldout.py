@@ -1,4 +1,5 @@
 """The pictures that no training saw, and how references and target heads are paired from them."""
+import hashlib
 import io
 import tarfile
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ class Pictures:
             raise BadInput(f"{self.folder} holds no held-out pictures, expected {' and '.join(ARCHIVES)} or 00000.jpg "
                            "and so on: give the folder with --pictures")
         return names
+
+    @property
+    def digest(self) -> str:
+        """Of what is there, by name."""
+        return hashlib.sha256(" ".join(sorted(self.names)).encode()).hexdigest()[:12]
 
     def read(self, name: str) -> np.ndarray:
         """(h, w, 3) uint8."""

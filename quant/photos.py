@@ -1,4 +1,5 @@
 """The pictures that portraits are made of: the held-out ones, or a user's own photos."""
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from caphuman_edge.quant.heldout import ARCHIVES, Pair, Pictures, pair_up
+from caphuman_edge.runtime.cache import sha256_of
 from caphuman_edge.runtime.errors import BadInput
 from caphuman_edge.runtime.framing import Fit
 from caphuman_edge.runtime.image import load_photo
@@ -29,6 +31,10 @@ class Source(Protocol):
     @property
     def names(self) -> frozenset[str]:
         """Every picture's name."""
+
+    @property
+    def digest(self) -> str:
+        """Another one for other pictures."""
 
     def read(self, name: str) -> np.ndarray:
         """(h, w, 3) uint8."""
@@ -54,6 +60,12 @@ class Photos:
             raise BadInput(f"{self.folder} holds {len(found)} photos ({', '.join(SUFFIXES)}), expected 2 or more: each "
                            "one's person is drawn with the head of the next; give another folder with --pictures")
         return found
+
+    @property
+    def digest(self) -> str:
+        """Of the files."""
+        hashes = sha256_of(self.folder / name for name in sorted(self.names))
+        return hashlib.sha256(" ".join(hashes.values()).encode()).hexdigest()[:12]
 
     def read(self, name: str) -> np.ndarray:
         """(h, w, 3) uint8; raises BadImage for what is no photo."""

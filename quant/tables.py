@@ -35,4 +35,6 @@ def without_nan(value: Any) -> Any:
     """The same, null for NaN."""
     if isinstance(value, dict):
         return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_nan(part) for part in value]
     return None if isinstance(value, float) and value != value else value

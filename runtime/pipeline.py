@@ -1,7 +1,7 @@
 """From photos, heads and a prompt to a portrait. Only this file knows the order of the stages."""
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +35,7 @@ from .tokenizer import Tokenizer
 
 HEAD_ENCODER = "head_encoder"  # DECA: of use to FLAME heads alone
 CONTROL = ("control_encoder", "controlnet")  # the graphs of a second control
+Predictor = Callable[[Float32[np.ndarray, "1 c h w"], int], Float32[np.ndarray, "1 c h w"]]
 
 
 class Pipeline:
@@ -125,6 +126,17 @@ class Pipeline:
             latent = known.noisy(steps[0].alpha)
         yield from self._walk(latent, steps, conditions, known, chosen, recipe, canvas)
 
+    def predictor(self, people: Subject | Sequence[Person], head: HeadCode | None = None,
+                  settings: Settings | None = None, **changes: object) -> Predictor:
+        """What `generate` asks for at each step, the guided noise predicted in a latent at a timestep, as a function.
+
+        For who compares or records predictions at latents of their own choice.
+        """
+        persons = [Person(people, head)] if isinstance(people, Subject) else list(people)
+        conditions = self._conditions(persons, self.settings(settings, len(persons), False, False, **changes), None)
+        denoiser = self._denoiser(conditions)
+        return lambda latent, timestep: denoiser.eps(latent, timestep, conditions)
+
     def settings(self, settings: Settings | None = None, people: int = 1, canvas: bool = False, control: bool = False,
                  **changes: object) -> Settings:
         """Settings with the bundle's defaults filled in, checked, before any photo is measured.
@@ -170,13 +182,16 @@ class Pipeline:
             pixels = self.decode(latent, "vae_decoder")
             return canvas.finished(pixels) if canvas else pixels
 
-        denoiser = Denoiser(self.graph, self.machine.denoiser(self.bundle, conditions.split) == FUSED)
+        denoiser = self._denoiser(conditions)
         # the official generator draws at every step; a counter-based one can leave out the draws nobody uses
         walk = sample(lambda latent, timestep: denoiser.eps(latent, timestep, conditions), latent, steps,
                       lambda index: cuda_normal(settings.seed, latent.shape, offset=1 + index),
                       known.kept if known else None)
         for index, (at, clean) in enumerate(walk):
             yield Step(index, len(steps), steps[index].timestep, clean, at, recipe, self.preview, picture)
+
+    def _denoiser(self, conditions: Conditions) -> Denoiser:
+        return Denoiser(self.graph, self.machine.denoiser(self.bundle, conditions.split) == FUSED)
 
     def _warn_of_sampler(self, settings: Settings) -> None:
         """A model that was distilled for one sampler is asked for another, or the other way about."""
