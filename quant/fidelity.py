@@ -13,7 +13,7 @@ from caphuman_edge.quant.estimates import Estimate
 from caphuman_edge.quant.fidelity_bench import Bench, Pipes
 from caphuman_edge.quant.fidelity_columns import Column, column_of, columns, digest_of, machine_of
 from caphuman_edge.quant.fidelity_figures import Compared, StepError, compared, likeness, measures, step_errors
-from caphuman_edge.quant.fidelity_graphs import graph_verdicts, only_graphs
+from caphuman_edge.quant.fidelity_graphs import graph_verdicts, kept_verdicts, only_graphs
 from caphuman_edge.quant.fidelity_limits import Verdict, verdicts
 from caphuman_edge.quant.fidelity_record import (
     Progress,
@@ -47,6 +47,7 @@ class Place:
     title: str
     graphs: list[GraphVerdict]
     steps: list[StepError] = field(default_factory=list)  # of eps, along the reference's trajectories
+    trajectories: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,15 +133,17 @@ def measure(compared_columns: Sequence[Column], bench: Bench, pairs: Sequence[Pa
     reference, *candidates = compared_columns
     make_folder(bench.out)
     found = [*notes]
-    places = [Place(place[0].place, _graphs(place[0], found)) for place in _by_place(compared_columns)]
+    places = [Place(place[0].place, _graphs(place[0], found, bench.out)) for place in _by_place(compared_columns)]
     drawn = [column for column in candidates if not only_graphs(column.machine)]
     if not drawn:
         found.append("Left out: portraits, since Core ML runs on a Mac alone. Run this there.")
         return Findings(reference, places, notes=found)
+    for column in (reference, *drawn):
+        column.machine.denoiser(column.bundle)  # raises where the bundle holds none for the backend
     with closing(Pipes()) as pipes:
         measurable = _draw(bench, pipes, reference, drawn, pairs, trajectories, progress)
     return Findings(
-        reference, [replace(place, steps=_steps(bench, place, drawn, reference)) for place in places],
+        reference, [_with_steps(bench, place, drawn, reference) for place in places],
         [_candidate(bench, column, reference, measurable) for column in drawn], len(measurable),
         len(pairs) - len(measurable), found)
 
@@ -178,10 +181,10 @@ def _draw(bench: Bench, pipes: Pipes, reference: Column, drawn: Sequence[Column]
     return measurable
 
 
-def _steps(bench: Bench, place: Place, drawn: Sequence[Column], reference: Column) -> list[StepError]:
-    """A place's errors by step, where it has any."""
-    column = next((column for column in drawn if column.place == place.title), reference)
-    return step_errors(list(bench.steps(column, reference).read().values())) if column is not reference else []
+def _with_steps(bench: Bench, place: Place, drawn: Sequence[Column], reference: Column) -> Place:
+    """A place with its errors by step, where it has any."""
+    records = [list(bench.steps(column, reference).read().values()) for column in drawn if column.place == place.title]
+    return replace(place, steps=step_errors(records[0]), trajectories=len(records[0])) if records else place
 
 
 def _candidate(bench: Bench, column: Column, reference: Column, pairs: Sequence[Pair]) -> Candidate:
@@ -205,11 +208,14 @@ def _by_place(compared_columns: Sequence[Column]) -> Iterator[list[Column]]:
     yield from groups.values()
 
 
-def _graphs(column: Column, notes: list[str]) -> list[GraphVerdict]:
+def _graphs(column: Column, notes: list[str], kept: Path | None = None) -> list[GraphVerdict]:
+    """Graph by graph; `kept` is a folder where the figures stay."""
     if "selftest" not in column.bundle:
         notes.append(f"Left out: single graphs of {column.label}, which carries no self-test. Rebuild it.")
         return []
-    return graph_verdicts(column.bundle, column.machine)
+    if kept is None:
+        return graph_verdicts(column.bundle, column.machine)
+    return kept_verdicts(column.bundle, column.machine, kept)
 
 
 def _own_prediction(column: Column, reference: Column) -> bool:

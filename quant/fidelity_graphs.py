@@ -1,11 +1,17 @@
 """Graph by graph: what each backend makes of the inputs whose answers by the float reference every bundle carries."""
+import dataclasses
+import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
+from caphuman_edge.quant.fidelity_columns import digest_of, told
 from caphuman_edge.runtime.backends import Graph
 from caphuman_edge.runtime.bundle import Bundle
 from caphuman_edge.runtime.contract import graphs
 from caphuman_edge.runtime.errors import MissingExtra
+from caphuman_edge.runtime.ledger import write_whole
 from caphuman_edge.runtime.machine import Machine, row_by_row
 from caphuman_edge.runtime.selftest import Verdict, self_test
 
@@ -21,6 +27,17 @@ def graph_verdicts(bundle: Bundle, machine: Machine) -> list[Verdict]:
     if only_graphs(machine):
         machine = EvaluatedMachine(machine.backend, threads=machine.threads)
     return list(self_test(bundle, machine))
+
+
+def kept_verdicts(bundle: Bundle, machine: Machine, folder: Path) -> list[Verdict]:
+    """The same, computed once for a folder of results: of a full-size bundle that takes minutes."""
+    key = digest_of([bundle.digest, told(machine), machine.device])
+    file = folder / f"graphs-{key}.json"
+    with suppress(OSError, ValueError, TypeError):  # a damaged one is made again
+        return [Verdict(**row) for row in json.loads(file.read_text())]
+    found = graph_verdicts(bundle, machine)
+    write_whole(file, json.dumps([dataclasses.asdict(verdict) for verdict in found]).encode())
+    return found
 
 
 def only_graphs(machine: Machine) -> bool:

@@ -107,7 +107,7 @@ def _measured(bench: Bench, picture: np.ndarray, task: Task) -> dict[str, Any]:
     return {"found": True, **bench.measurer.head_figures(seen, task.head),
             "light": light_degrees(seen.head.light, task.head.light), "attributes": bench.measurer.attributes(seen),
             "own": {name: float(vector @ photo[name]) for name, vector in vectors.items()},
-            "vectors": {name: np.round(vector, 6).astype(float).tolist() for name, vector in vectors.items()}}
+            "vectors": {name: np.round(vector.astype(np.float64), 6).tolist() for name, vector in vectors.items()}}
 
 
 def _identities(bench: Bench, subject: Subject) -> dict[str, np.ndarray]:

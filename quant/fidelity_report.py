@@ -11,7 +11,7 @@ from caphuman_edge.quant.fidelity_bench import Bench
 from caphuman_edge.quant.fidelity_columns import Column, disk_bytes, told, written
 from caphuman_edge.quant.fidelity_figures import Compared
 from caphuman_edge.quant.heldout import Pair
-from caphuman_edge.quant.tables import PERCENT, Style, cell, table, without_nan
+from caphuman_edge.quant.tables import Style, cell, table, without_nan
 from caphuman_edge.runtime.cli.inspect import size
 from caphuman_edge.runtime.image import load_photo, save_png
 from caphuman_edge.runtime.portrait import AI_GENERATED
@@ -134,10 +134,12 @@ def _steps(places: Sequence[Place]) -> Iterator[str]:
     if compared:
         def shown(place: Place, timestep: int) -> str:
             found = [step for step in place.steps if step.timestep == timestep]
-            return f"{cell(found[0].relative, PERCENT, True)}, {found[0].psnr_db:.1f} dB" if found else "-"
+            return f"{100 * found[0].relative.value:.2g} %, {found[0].psnr_db:.1f} dB" if found else "-"
 
         timesteps = dict.fromkeys(step.timestep for place in compared for step in place.steps)
-        yield _by_place("error of eps along the reference's trajectory, at timestep", list(timesteps), compared, shown)
+        count = max(place.trajectories for place in compared)
+        yield _by_place(f"error of eps at the latents of {count} of the reference's portraits, by timestep",
+                        list(timesteps), compared, shown)
 
 
 def _by_place(head: str, names: Sequence[Any], places: Sequence[Place], shown: Callable[[Place, Any], str]) -> str:

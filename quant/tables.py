@@ -13,12 +13,12 @@ PLAIN: Style = (1, 2, "")
 
 
 def cell(number: Estimate, style: Style, with_interval: bool) -> str:
-    """A figure, with its interval in brackets; - where it has no value."""
+    """A figure, with its interval in brackets where it has one; - where it has no value."""
     if number.value != number.value:
         return "-"
-    factor, decimals, unit = style
-    value, low, high = (f"{factor * part:.{decimals}f}" for part in (number.value, number.low, number.high))
-    return f"{value}{unit} [{low}, {high}]" if with_interval else value + unit
+    unit = style[2]
+    value, low, high = (_rounded(part, style) for part in (number.value, number.low, number.high))
+    return f"{value}{unit} [{low}, {high}]" if with_interval and number.low == number.low else value + unit
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -38,3 +38,8 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nan(part) for part in value]
     return None if isinstance(value, float) and value != value else value
+
+
+def _rounded(value: float, style: Style) -> str:
+    factor, decimals, _ = style
+    return f"{round(factor * value, decimals) + 0.0:.{decimals}f}"  # + 0.0: no minus before a zero
