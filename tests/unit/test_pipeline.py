@@ -230,3 +230,10 @@ def test_a_graph_for_any_number_of_rows_is_called_once(pipe):
     text = graphs(pipe.bundle.config)["text_encoder"]
     graph = Graph("text", text.inputs, text.outputs, dict)
     assert row_by_row(graph, text) is graph
+
+
+def test_a_predictor_gives_at_any_latent_what_generate_would_be_given(pipe, subject, calls):
+    draw(pipe, subject, guidance=1.0)
+    last = calls[-1]
+    eps = pipe.predictor(subject, prompt="smiling", guidance=1.0, identity_guidance=1.0)
+    assert np.array_equal(eps(last["latent"], int(last["timestep"][0])), last["eps"])
