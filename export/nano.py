@@ -24,8 +24,10 @@ from caphuman_edge.runtime.errors import CheckpointError
 from caphuman_edge.runtime.samplers import DISTILLED
 from caphuman_edge.runtime.schedule import TRAILING, Schedule
 
-GUIDANCE = 4.0  # where prompts and likeness are both obeyed: see "Guidance" in benchmarks/RESULTS.md
-STEPS, STUDENT_STEPS = 20, 4
+# DPM-Solver++ draws in 10 steps as well as DDIM in 20, and prompts and likeness are both obeyed at this guidance: see
+# "Guidance" in benchmarks/RESULTS.md.
+SAMPLED = Schedule(kind="dpm++", steps=10, guidance=4.0, timesteps=TRAILING)
+STUDENT_STEPS = 4
 LICENCE_TEXT = """\
 The weights of this bundle's text_encoder, image_encoder, hint_encoder, denoiser, capface, unet, vae_encoder,
 vae_decoder and preview_decoder are licensed for non-commercial research use only. They were trained by the CapHuman
@@ -75,7 +77,7 @@ def schedule_of(facts: Mapping[str, Any], source: str) -> Schedule:
     `source` names the weights in errors. Raises CheckpointError for a kind of distillation that there is not.
     """
     if "distilled" not in facts:
-        return Schedule(steps=STEPS, guidance=GUIDANCE)
+        return SAMPLED
     distilled = facts["distilled"]
     kind = distilled.get("kind") if isinstance(distilled, dict) else distilled
     if kind not in DISTILLED:
