@@ -450,7 +450,7 @@ def test_a_students_bundle_is_sampled_in_four_unguided_steps(train, tmp_path, ki
 
 def test_a_teachers_bundle_is_guided_as_before(teacher):
     schedule = schedule_of(read_metadata(teacher), "run")
-    assert schedule == export.SAMPLED and schedule.guidance > 1
+    assert schedule == export.SAMPLED
     assert schedule.guidance > 1 and schedule.steps > 4
 
 
