@@ -15,7 +15,7 @@ from caphuman_edge.runtime.request import Settings, complete
 from caphuman_edge.runtime.schedule import SPACINGS
 
 OWN = "own"  # the schedule that a bundle draws with unless told
-MADE_FROM = "made_from"  # in a bundle's provenance: {"bundle": name, "sha256": digest} of the bundle it was made of
+INT8, FROM = "int8", "from_bundle"  # in the provenance of an int8 bundle: the digest of the bundle it was made from
 FLOATS = ("f32", "f16", "mixed", "data")  # precisions of weights that count as the float reference's
 SAMPLING = ("schedule", "timesteps", "steps", "guidance", "identity_guidance", "eta")
 _WRITTEN = re.compile(r"([a-z+]+)(?:-([a-z]+))?:(\d{1,4})@(\d{1,2}(?:\.\d+)?)")
@@ -87,13 +87,13 @@ def reference_of(bundle: Bundle, against: Path | None) -> Bundle:
     """
     if against is not None:
         return Bundle.open(against)
-    origin = bundle.manifest.provenance.get(MADE_FROM)
-    if isinstance(origin, dict):
+    facts = bundle.manifest.provenance.get(INT8)
+    if origin := facts.get(FROM) if isinstance(facts, dict) else None:
         for folder in (None, *sorted(file.parent for file in bundle.root.absolute().parent.glob(f"*/{MANIFEST}"))):
-            if _digest(folder) == origin.get("sha256"):
+            if _digest(folder) == origin:
                 return Bundle.open(folder)
-        raise BadInput(f"{bundle.root} was made from {origin.get('bundle')!r:.40}, which is not at hand; name its "
-                       "folder with --against")
+        raise BadInput(f"{bundle.root} was made from bundle {origin!s:.12}…, which is neither the embedded one nor "
+                       "beside it; name its folder with --against")
     forms = [form for part in bundle.manifest.components.values() for form in part.forms.values()]
     if coarse := sorted({form.precision for form in forms} - {*FLOATS}):
         raise BadInput(f"{bundle.root} has {', '.join(coarse)} weights and does not say what it was made from; name "

@@ -25,9 +25,9 @@ def photos(astronaut, tmp_path) -> Path:
 
 @pytest.fixture
 def quick(bundle_copy) -> Path:
-    """The embedded bundle, but for a default of two unguided steps."""
+    """The embedded bundle, but for a default of two unguided steps of DDIM."""
     manifest = json.loads((bundle_copy / MANIFEST).read_text())
-    manifest["schedule"] |= {"steps": 2, "guidance": 1.0}
+    manifest["schedule"] |= {"kind": "ddim", "timesteps": "leading", "steps": 2, "guidance": 1.0}
     (bundle_copy / MANIFEST).unlink()  # a link to the embedded one's
     (bundle_copy / MANIFEST).write_text(json.dumps(manifest))
     return bundle_copy
@@ -36,7 +36,8 @@ def quick(bundle_copy) -> Path:
 @pytest.fixture
 def fidelity(caphuman, quick, photos):
     """`fidelity("--gate")` runs the command on them."""
-    return lambda *flags: caphuman("fidelity", quick, "--pictures", photos, "--schedules", "dpm++:2@1", *JUDGED, *flags)
+    return lambda *flags: caphuman("fidelity", quick, "--against", quick, "--pictures", photos, "--schedules",
+                                   "dpm++:2@1", *JUDGED, *flags)
 
 
 def test_a_stopped_run_goes_on_and_reports(fidelity, folder, monkeypatch):
@@ -74,8 +75,8 @@ def test_a_stopped_run_goes_on_and_reports(fidelity, folder, monkeypatch):
 
 def test_another_backend_is_compared_step_by_step_and_keeps_the_limits(caphuman, quick, photos):
     pytest.importorskip("openvino")
-    done = caphuman("fidelity", quick, "--pictures", photos, "--backends", "openvino", "--trajectories", 1, "--gate",
-                    "--json", *JUDGED)
+    done = caphuman("fidelity", quick, "--against", quick, "--pictures", photos, "--backends", "openvino",
+                    "--trajectories", 1, "--gate", "--json", *JUDGED)
     report = json.loads(done.out)
     (candidate,) = report["candidates"].values()
     steps = report["places"]["nano openvino"]["steps"]
@@ -90,10 +91,11 @@ def test_graphs_alone_are_compared_with_the_recorded_answers(caphuman, folder):
     assert os.listdir(folder) == []
 
 
-def test_users_errors_are_one_line(refusal, photos, tmp_path):
-    assert "--pictures" in refusal("fidelity", "--schedules", "ddim:4@1")
-    assert "'fast'" in refusal("fidelity", "--schedules", "fast", "--pictures", photos)
-    assert "--backends" in refusal("fidelity", "--backends", "torch", "--pictures", photos)
-    assert "nothing to compare" in refusal("fidelity", "--pictures", photos)
-    assert "expected 1 to 2" in refusal("fidelity", "--schedules", "ddim:4@1", "--pictures", photos, "--triples", 3)
-    assert "not a bundle" in refusal("fidelity", "--against", tmp_path, "--pictures", photos)
+def test_users_errors_are_one_line(refusal, quick, photos, tmp_path):
+    own = "fidelity", quick, "--against", quick
+    assert "--pictures" in refusal(*own, "--schedules", "ddim:4@1")
+    assert "'fast'" in refusal(*own, "--schedules", "fast", "--pictures", photos)
+    assert "--backends" in refusal(*own, "--backends", "torch", "--pictures", photos)
+    assert "nothing to compare" in refusal(*own, "--pictures", photos)
+    assert "expected 1 to 2" in refusal(*own, "--schedules", "ddim:4@1", "--pictures", photos, "--triples", 3)
+    assert "not a bundle" in refusal("fidelity", quick, "--against", tmp_path, "--pictures", photos)
