@@ -215,7 +215,7 @@ def _graphs(column: Column, notes: list[str], kept: Path | None = None) -> list[
         return []
     if kept is None:
         return graph_verdicts(column.bundle, column.machine)
-    return kept_verdicts(column.bundle, column.machine, kept)
+    return kept_verdicts(column, kept)
 
 
 def _own_prediction(column: Column, reference: Column) -> bool:

@@ -64,8 +64,7 @@ class Bench:
 
     def steps(self, column: Column, reference: Column) -> Records:
         """A backend's predictions along the reference's trajectories; the column's own schedule has no part in it."""
-        machine = {name: value for name, value in column.key.items() if name in ("bundle", "backend", "precision")}
-        return Records(self.out / f"steps-{digest_of([machine, self.folder(reference).name])}.jsonl")
+        return Records(self.out / f"steps-{digest_of([column.computing, self.folder(reference).name])}.jsonl")
 
 
 class Pipes:

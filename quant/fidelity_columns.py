@@ -4,10 +4,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from caphuman_edge.runtime.backends import BACKENDS, open_backend
+from caphuman_edge.runtime.backends import BACKENDS, EXTRAS, open_backend
 from caphuman_edge.runtime.bundle import MANIFEST, Bundle
 from caphuman_edge.runtime.errors import BadInput
 from caphuman_edge.runtime.machine import EACH_STEP, Machine
@@ -48,8 +49,14 @@ class Column:
     @property
     def key(self) -> dict[str, Any]:
         """All of the column that decides its portraits' pixels."""
-        return {"bundle": self.bundle.digest, "backend": self.machine.backend, "device": self.machine.device,
-                "precision": self.machine.precision, **self.sampling}
+        return {**self.computing, **self.sampling}
+
+    @property
+    def computing(self) -> dict[str, Any]:
+        """What predicts: a model and all that changes its numbers."""
+        m = self.machine
+        return {"bundle": self.bundle.digest, "backend": m.backend, "library": _library(m.backend), "device": m.device,
+                "precision": m.precision}
 
 
 def columns(bundle: Bundle, reference: Bundle, backends: Sequence[str], schedules: Sequence[str],
@@ -166,4 +173,12 @@ def _digest(folder: Path | None) -> str | None:
     try:
         return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
     except OSError:
+        return None
+
+
+def _library(backend: str) -> str | None:
+    """The version of a backend's library; None where it goes by another name, such as onnxruntime-gpu."""
+    try:
+        return version(EXTRAS.get(backend, "onnxruntime"))
+    except PackageNotFoundError:
         return None

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from caphuman_edge.quant.fidelity_columns import digest_of, told
+from caphuman_edge.quant.fidelity_columns import Column, digest_of
 from caphuman_edge.runtime.backends import Graph
 from caphuman_edge.runtime.bundle import Bundle
 from caphuman_edge.runtime.contract import graphs
@@ -29,13 +29,12 @@ def graph_verdicts(bundle: Bundle, machine: Machine) -> list[Verdict]:
     return list(self_test(bundle, machine))
 
 
-def kept_verdicts(bundle: Bundle, machine: Machine, folder: Path) -> list[Verdict]:
-    """The same, computed once for a folder of results: of a full-size bundle that takes minutes."""
-    key = digest_of([bundle.digest, told(machine), machine.device])
-    file = folder / f"graphs-{key}.json"
+def kept_verdicts(column: Column, folder: Path) -> list[Verdict]:
+    """The same of a column, computed once for a folder of results: of a full-size bundle that takes minutes."""
+    file = folder / f"graphs-{digest_of(column.computing)}.json"
     with suppress(OSError, ValueError, TypeError):  # a damaged one is made again
         return [Verdict(**row) for row in json.loads(file.read_text())]
-    found = graph_verdicts(bundle, machine)
+    found = graph_verdicts(column.bundle, column.machine)
     write_whole(file, json.dumps([dataclasses.asdict(verdict) for verdict in found]).encode())
     return found
 

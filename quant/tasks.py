@@ -61,8 +61,8 @@ class Tasks:
             subject = self.measured(name)
             if subject is not None and abs(subject.head.angles[0]) >= self.least_yaw:
                 return name, subject
-        raise FaceError(f"no picture at hand is turned by {self.least_yaw:g} degrees or more; use the whole set of "
-                        "pictures")
+        raise FaceError(f"no other picture at hand shows a face that is turned by {self.least_yaw:g} degrees or more; "
+                        "add pictures, or use the whole set")
 
 
 def dealt_attributes(pair: int) -> dict[str, str]:
