@@ -48,25 +48,23 @@ class Denoiser:
         """The guided prediction.
 
         Guidance pulls from the negative prompt to the prompt (Ho and Salimans 2022); both see the person, as in the
-        official tool. Identity guidance pulls in the same way from nobody to the person, in the form of InstructPix2Pix
-        (Brooks et al. 2023, equation 3), with e(text, person):
-            e(negative, nobody) + i (e(negative, person) - e(negative, nobody)) + g (e(prompt, person) - e(negative,
-            person)).
-        It costs one more pass of CapFace, and one of the UNet unless i equals g: the middle term then cancels out.
+        official tool. Identity guidance pulls in the same way from nobody to the person, but where a head is alone:
+        hair and surroundings stay the prompt's. With e(text, person) and the heads' finest gates m:
+            e(negative, person) + g (e(prompt, person) - e(negative, person))
+            + (i - 1) m (e(negative, person) - e(negative, nobody)).
+        Without the mask this is InstructPix2Pix's form (Brooks et al. 2023, equation 3). It costs one more prediction.
 
         Enhancement is the paper's post-hoc head control: pi(head, person) + alpha pi(head, nobody), with CapFace
         without tokens for the paper's separate network.
         """
-        c, guidance, identity = conditions, conditions.guidance, conditions.identity_guidance
-        dropped = bool(c.tau) and timestep > c.tau
-        if dropped or identity == 1:
-            return self._guided(self.predict(latent, timestep, c, c.text, not dropped), guidance)
-        negative, prompt = c.text[:1], c.text[-1:]
-        nobody = self.predict(latent, timestep, c, negative, False)
-        if identity == guidance or len(c.text) == 1:
-            return guided(self.predict(latent, timestep, c, prompt, True), nobody, identity)
-        eps = self.predict(latent, timestep, c, c.text, True)
-        return guided(eps[:1], nobody, identity) + np.float32(guidance) * (eps[1:] - eps[:1])
+        dropped = bool(conditions.tau) and timestep > conditions.tau
+        each = self.predict(latent, timestep, conditions, conditions.text, not dropped)
+        eps = each if len(each) == 1 else guided(each[1:], each[:1], conditions.guidance)
+        if dropped or conditions.identity_guidance == 1:
+            return eps
+        nobody = self.predict(latent, timestep, conditions, conditions.text[:1], False)
+        heads = np.max([person[f"{GATE}0"] for person in conditions.people], axis=0)
+        return eps + np.float32(conditions.identity_guidance - 1) * heads * (each[:1] - nobody)
 
     def predict(self, latent: Latent, timestep: int, conditions: Conditions, text: Float32[np.ndarray, "texts n width"],
                 somebody: bool) -> Float32[np.ndarray, "texts c h w"]:
@@ -109,10 +107,6 @@ class Denoiser:
         each = [unet({**step, "text_tokens": step["text_tokens"][k:k + 1],
                       **{name: residual[k:k + 1] for name, residual in named.items()}})["eps"] for k in range(rows)]
         return np.concatenate(each)
-
-    @staticmethod
-    def _guided(eps: Float32[np.ndarray, "texts c h w"], guidance: float) -> Latent:
-        return eps if len(eps) == 1 else guided(eps[1:], eps[:1], guidance)
 
 
 def scales_of(strength: float | Sequence[float], name: str = "strength") -> Scales:

@@ -104,15 +104,16 @@ class Lesson:
     solver_steps: int = 50
 
     @property
-    def branches(self) -> list[tuple[bool, bool, float]]:
-        """The teacher's predictions as (with the prompt, with the person, weight); the weights sum to 1.
+    def branches(self) -> list[tuple[bool, bool, float, float]]:
+        """The teacher's predictions as (with the prompt, with the person, weight, weight that the head adds).
 
-        What `runtime.denoise` combines, sorted by prediction: e(negative, nobody) + i (e(negative, person)
-        - e(negative, nobody)) + g (e(prompt, person) - e(negative, person)).
+        What `runtime.denoise` combines, sorted by prediction: e(negative, person) + g (e(prompt, person)
+        - e(negative, person)) + (i - 1) m (e(negative, person) - e(negative, nobody)), m being 1 on the head.
         """
-        every = [(True, True, self.guidance), (False, True, self.identity_guidance - self.guidance),
-                 (False, False, 1 - self.identity_guidance)]
-        return [branch for branch in every if branch[2]]
+        identity = self.identity_guidance - 1
+        every = [(True, True, self.guidance, 0.0), (False, True, 1 - self.guidance, identity),
+                 (False, False, 0.0, -identity)]
+        return [branch for branch in every if any(branch[2:])]
 
 
 class Compared(NamedTuple):
@@ -224,11 +225,12 @@ class Distiller:
     def guided(self, noisy: Tensor, timestep: Tensor, text: Tensor, face: FaceCondition) -> Tensor:
         """The teacher's eps, all branches in one batch."""
         count = len(self.branches)
-        texts = [text if prompt else self.negative.expand_as(text) for prompt, _, _ in self.branches]
-        faces = FaceCondition(torch.cat([face.tokens * somebody for _, somebody, _ in self.branches]),
+        texts = [text if prompt else self.negative.expand_as(text) for prompt, *_ in self.branches]
+        faces = FaceCondition(torch.cat([face.tokens * somebody for _, somebody, *_ in self.branches]),
                               _repeated(face.hint, count), tuple(_repeated(gate, count) for gate in face.gates))
         eps = self.teacher(_repeated(noisy, count), timestep.repeat(count), torch.cat(texts), [faces]).float()
-        return sum(weight * part for (_, _, weight), part in zip(self.branches, eps.chunk(count), strict=True))
+        return sum((weight + added * face.gates[0]) * part
+                   for (_, _, weight, added), part in zip(self.branches, eps.chunk(count), strict=True))
 
 
 def cost(error: Tensor) -> Tensor:

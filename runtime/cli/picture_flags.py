@@ -33,8 +33,8 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
                        "for another --schedule leading for ddim, else trailing)")
     group.add_argument("--guidance", type=float, metavar="G",
                        help="pull of the prompt, 1 is off (default: the bundle's)")
-    group.add_argument("--identity-guidance", type=float, metavar="G", help="pull of the person in the same way, 1 is "
-                       "off, as in the official tool (default: the bundle's)")
+    group.add_argument("--identity-guidance", type=float, metavar="G", help="pull of the person's face in the same "
+                       "way, 1 is off, as in the official tool (default: the bundle's)")
     group.add_argument("--strength", type=strengths, default=unset.strength, metavar="S", help="pull of the person "
                        "and the head, 0 to 2, or 13 numbers with commas between, one a residual (default: 1)")
     group.add_argument("--enhancement", type=float, default=unset.enhancement, metavar="A", help="stronger hold of "

@@ -198,7 +198,7 @@ def test_student_and_target_are_asked_about_ends_of_one_step_of_the_teacher(kind
 
 
 @pytest.mark.parametrize(("guidance", "identity_guidance", "predictions"),
-                         [(3.0, 3.0, 2), (3.0, 1.0, 2), (7.5, 2.0, 3), (1.0, 1.0, 1)])
+                         [(3.0, 3.0, 3), (3.0, 1.0, 2), (7.5, 2.0, 3), (1.0, 1.0, 1)])
 def test_the_teachers_step_is_the_runtimes_guided_ddim_step(teacher, batch, guidance, identity_guidance, predictions):
     lesson = Lesson(guidance=guidance, identity_guidance=identity_guidance)
     made = distiller(teacher, lesson)

@@ -78,18 +78,21 @@ def test_dropped_tokens_leave_the_head_to_be_enhanced(eps, person):
     np.testing.assert_allclose(eps([person], enhancement=0.5, tau=400), eps([nobody], scales=1.5 * ONES), atol=2e-4)
 
 
-def test_identity_guidance_pulls_from_nobody_to_the_person(eps, person, text):
+def test_identity_guidance_pulls_from_nobody_to_the_person_where_the_head_is(eps, person, text):
     nobody = {**person, "face_tokens": np.zeros_like(person["face_tokens"])}
     negative = {"text": text[:1], "guidance": 1.0}
     e00, e01, e11 = eps([nobody], **negative), eps([person], **negative), eps([person], text=text[1:], guidance=1.0)
-    np.testing.assert_allclose(eps([person], identity_guidance=2.0), e00 + 2 * (e01 - e00) + 3 * (e11 - e01), atol=1e-4)
-    assert largest(e00, e01) > 1e-3
+    expected = e01 + 3 * (e11 - e01) + person["gate_0"] * (e01 - e00)
+    np.testing.assert_allclose(eps([person], identity_guidance=2.0), expected, atol=1e-4)
+    assert largest(e00, e01) > 1e-3 and person["gate_0"].min() < person["gate_0"].max()
 
 
-def test_equal_guidances_need_no_prediction_of_the_person_without_the_prompt(pipe, eps, person, text):
-    """The middle term cancels out: two predictions give what three do."""
-    split_up = eps([person], guidance=3.0, identity_guidance=3.0 + 1e-6)
-    np.testing.assert_allclose(eps([person], guidance=3.0, identity_guidance=3.0), split_up, atol=1e-3)
+def test_identity_guidance_reaches_every_persons_head(eps, person):
+    halves = [{**person, "gate_0": person["gate_0"].copy()} for _ in range(2)]
+    halves[0]["gate_0"][..., :16] = 0
+    halves[1]["gate_0"][..., 16:] = 0
+    change = eps(halves, identity_guidance=3.0) - eps(halves)
+    np.testing.assert_array_equal(change.any(axis=1), person["gate_0"][:, 0].astype(bool))
 
 
 def test_identity_guidance_of_one_is_the_official_guidance(eps, person, text):
