@@ -75,7 +75,7 @@ class Pictures:
     @cached_property
     def _members(self) -> dict[str, tuple[Path, int, int]]:
         """Where each picture lies in the archives: uncompressed tar files are read in place."""
-        places = {}
+        places: dict[str, tuple[Path, int, int]] = {}
         for path in (self.folder / name for name in ARCHIVES):
             if path.is_file():
                 with tarfile.open(path, "r:") as archive:
