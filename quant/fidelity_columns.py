@@ -12,6 +12,7 @@ from caphuman_edge.runtime.backends import BACKENDS, EXTRAS, open_backend
 from caphuman_edge.runtime.bundle import MANIFEST, Bundle
 from caphuman_edge.runtime.errors import BadInput
 from caphuman_edge.runtime.machine import EACH_STEP, Machine
+from caphuman_edge.runtime.manifest import FORMATS
 from caphuman_edge.runtime.request import Settings, complete
 from caphuman_edge.runtime.schedule import SPACINGS
 
@@ -153,17 +154,32 @@ def disk_bytes(column: Column) -> dict[str, int]:
     return {name: sum(files.values()) for name, files in sizes.items()}
 
 
+def weights(column: Column) -> str:
+    """The precision of the denoiser's weights that the column reads."""
+    return _weights(column.bundle, open_backend(column.machine.backend).FORMATS)
+
+
 def digest_of(facts: Any) -> str:
     """Twelve characters that differ for other facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _labels(bundle: Bundle, reference: Bundle) -> tuple[str, str]:
-    """The bundles' names; where those are equal and the bundles are not, with a part of their hash."""
-    name, other = bundle.manifest.name, reference.manifest.name
-    if name != other or bundle.digest == reference.digest:
-        return name, other
-    return f"{name} {bundle.digest[:6]}", f"{other} {reference.digest[:6]}"
+    """The bundles' names; where those are equal, with what else tells the bundles apart: weights, or the hash."""
+    both = (bundle, reference)
+    names = bundle.manifest.name, reference.manifest.name
+    if names[0] != names[1] or bundle.digest == reference.digest:
+        return names
+    weights = [_weights(which) for which in both]
+    marks = weights if weights[0] != weights[1] else [which.digest[:6] for which in both]
+    return f"{names[0]} {marks[0]}", f"{names[1]} {marks[1]}"
+
+
+def _weights(bundle: Bundle, formats: Sequence[str] = FORMATS) -> str:
+    """The precision of the denoiser's stored weights, in the first of these formats that there is."""
+    parts = [bundle.component(name) for name in EACH_STEP if name in bundle]
+    found = [part.forms[format].precision for part in parts for format in formats if format in part.forms]
+    return found[0] if found else "-"
 
 
 def _digest(folder: Path | None) -> str | None:

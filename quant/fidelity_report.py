@@ -8,7 +8,7 @@ from typing import Any
 from caphuman_edge.quant.estimates import CONFIDENCE
 from caphuman_edge.quant.fidelity import Findings, Place, digest
 from caphuman_edge.quant.fidelity_bench import Bench
-from caphuman_edge.quant.fidelity_columns import Column, disk_bytes, told, written
+from caphuman_edge.quant.fidelity_columns import Column, disk_bytes, told, weights, written
 from caphuman_edge.quant.fidelity_figures import Compared
 from caphuman_edge.quant.heldout import Pair
 from caphuman_edge.quant.tables import Style, cell, table, without_nan
@@ -84,9 +84,10 @@ def _columns(findings: Findings) -> str:
     for column in drawn:
         sizes, settings = disk_bytes(column), column.settings
         rows.append([column.title, column.bundle.digest[:12], size(sizes["all"]), size(sizes["denoiser"]),
-                     told(column.machine), f"{settings.schedule} ({settings.timesteps})", str(settings.steps),
-                     f"{settings.guidance:g}"])
-    return table(["column", "bundle", "on disk", "denoiser", "backend", "sampler", "steps", "guidance"], rows)
+                     weights(column), told(column.machine), f"{settings.schedule} ({settings.timesteps})",
+                     str(settings.steps), f"{settings.guidance:g}"])
+    return table(["column", "bundle", "on disk", "denoiser", "its weights", "backend", "sampler", "steps", "guidance"],
+                 rows)
 
 
 def _limits(findings: Findings) -> str:
@@ -150,4 +151,4 @@ def _by_place(head: str, names: Sequence[Any], places: Sequence[Place], shown: C
 def _facts(column: Column) -> dict[str, Any]:
     sizes = disk_bytes(column)
     return {"title": column.title, "folder": str(column.bundle.root), **column.key, "bytes": sizes["all"],
-            "denoiser_bytes": sizes["denoiser"], "written": written(column.settings)}
+            "denoiser_bytes": sizes["denoiser"], "weights": weights(column), "written": written(column.settings)}

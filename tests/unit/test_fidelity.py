@@ -13,7 +13,7 @@ from skimage.metrics import structural_similarity
 from caphuman_edge.quant import fidelity_columns as columns_module
 from caphuman_edge.quant.estimates import Estimate
 from caphuman_edge.quant.fidelity import Candidate, Findings, Judging, Place, gate, open_bench
-from caphuman_edge.quant.fidelity_columns import columns, machine_of, reference_of, settings_of, told, written
+from caphuman_edge.quant.fidelity_columns import columns, machine_of, reference_of, settings_of, told, weights, written
 from caphuman_edge.quant.fidelity_figures import (
     OWN,
     POSE,
@@ -56,6 +56,14 @@ EMBEDDED = float_form(Bundle.open())
 def bundle_with(**changes: object) -> Bundle:
     """The embedded bundle under another hash, with changes to its manifest."""
     return dataclasses.replace(EMBEDDED, digest="f" * 64, manifest=dataclasses.replace(EMBEDDED.manifest, **changes))
+
+
+def int8_form() -> Bundle:
+    """The embedded bundle as if its denoiser had int8 weights, and nobody said whose."""
+    parts = dict(EMBEDDED.manifest.components)
+    form = dataclasses.replace(parts["denoiser"].forms["onnx"], precision="int8")
+    parts["denoiser"] = dataclasses.replace(parts["denoiser"], forms={"onnx": form})
+    return bundle_with(components=parts)
 
 
 def record(number: int, yaw: float = 20.0, off: float = 2.0, own: float = 0.3, **answer: object) -> dict:
@@ -131,6 +139,12 @@ def test_bundles_of_one_name_are_told_apart_by_their_hash():
     assert first.title.startswith(f"nano {EMBEDDED.digest[:6]} ort") and second.title.startswith("nano ffffff ort")
 
 
+def test_bundles_of_one_name_are_told_apart_by_their_weights_where_those_differ():
+    first, second = columns(int8_form(), EMBEDDED, ["ort"], ["own"])
+    assert (first.label, second.label) == ("nano f16", "nano int8")
+    assert (weights(first), weights(second)) == ("f16", "int8")
+
+
 def test_bundles_of_different_sizes_are_refused():
     smaller = dataclasses.replace(EMBEDDED.config, height=128)
     with pytest.raises(BadInput, match="different sizes"):
@@ -162,11 +176,8 @@ def test_what_a_bundle_was_made_from_is_found_beside_it(tmp_path):
 
 
 def test_coarse_weights_of_unknown_origin_need_a_reference():
-    parts = dict(EMBEDDED.manifest.components)
-    form = dataclasses.replace(parts["denoiser"].forms["onnx"], precision="int8")
-    parts["denoiser"] = dataclasses.replace(parts["denoiser"], forms={"onnx": form})
     with pytest.raises(BadInput, match="int8 weights .* --against"):
-        reference_of(bundle_with(components=parts), None)
+        reference_of(int8_form(), None)
 
 
 def test_a_difference_is_paired_and_so_surer_than_its_parts():
