@@ -11,7 +11,7 @@ from pathlib import Path
 
 from caphuman_edge.quant.estimates import Estimate
 from caphuman_edge.quant.fidelity_bench import Bench, Pipes
-from caphuman_edge.quant.fidelity_columns import Column, column_of, columns, digest_of, machine_of
+from caphuman_edge.quant.fidelity_columns import OWN, Column, column_of, columns, digest_of, machine_of
 from caphuman_edge.quant.fidelity_figures import Compared, StepError, compared, likeness, measures, step_errors
 from caphuman_edge.quant.fidelity_graphs import graph_verdicts, kept_verdicts, only_graphs
 from caphuman_edge.quant.fidelity_limits import Verdict, verdicts
@@ -25,7 +25,7 @@ from caphuman_edge.quant.fidelity_record import (
 from caphuman_edge.quant.heldout import Pair
 from caphuman_edge.quant.judges import Judge, default_path, open_judge, open_parser
 from caphuman_edge.quant.measures import Measurer
-from caphuman_edge.quant.photos import Source, open_pictures
+from caphuman_edge.quant.photos import Source, drawn_pictures, open_pictures
 from caphuman_edge.quant.records import Record
 from caphuman_edge.quant.tables import Style
 from caphuman_edge.runtime.backends import Graph
@@ -91,20 +91,21 @@ def quiet(label: str, done: int, count: int) -> None:
     """Progress that nobody watches."""
 
 
-def gate(bundle: Bundle, reference: Bundle, pictures: Path, out: Path, triples: int = MOST_GATED,
+def gate(bundle: Bundle, reference: Bundle, out: Path, pictures: Path | None = None, triples: int = MOST_GATED,
          backends: Sequence[str] = ("ort",), judging: Judging | None = None, threads: int | None = None,
          progress: Progress = quiet) -> Findings:
     """Whether a bundle keeps its limits on a few triples, with its own schedule; for builds.
 
-    `Findings.missed` says it. Steps are not compared one by one. Raises BadInput for more than MOST_GATED triples.
+    `Findings.missed` says it. Photos are those in `pictures`, or people whom the embedded miniature draws; what is done
+    is kept in `out`. Steps are not compared one by one. Raises BadInput for more than MOST_GATED triples.
     """
     if not 2 <= triples <= MOST_GATED:
         raise BadInput(f"a gate takes 2 to {MOST_GATED} triples, not {triples}; measure more with `caphuman fidelity`")
-    source, pairs = open_pictures(pictures)
-    compared_columns = columns(bundle, reference, backends, ("own",), threads)
+    compared_columns = columns(bundle, reference, backends, (OWN,), threads)
+    source, pairs = open_pictures(pictures, triples) if pictures else drawn_pictures(out, triples, threads)
     with Pipeline(reference, threads=threads) as pipe:
         bench, notes = open_bench(pipe, source, judging or Judging(), out, threads)
-        return measure(compared_columns, bench, pairs[:triples], 0, progress, notes)
+        return measure(compared_columns, bench, pairs, 0, progress, notes)
 
 
 def open_bench(pipe: Pipeline, source: Source, judging: Judging, out: Path,

@@ -7,12 +7,11 @@ from typing import Any
 
 from caphuman_edge.runtime.cli.report import add_json_flag, show
 from caphuman_edge.runtime.cli.values import whole
-from caphuman_edge.runtime.errors import BadInput
 
 REFERENCE = "reference"  # --against: the answers that every bundle carries, graph by graph
 MISSED = 1  # exit code of --gate
-PICTURES = ("portraits are drawn from photos, so name a folder of them with --pictures: each photo's person is drawn "
-            f"with the head of the next; or compare single graphs alone with --against {REFERENCE}")
+DRAWN = ("The photos are portraits of nobody, drawn by the embedded miniature: name a folder of real ones with "
+         "--pictures, and take more triples.")
 
 
 def add(subparsers: Any) -> None:
@@ -33,7 +32,9 @@ def add(subparsers: Any) -> None:
                         "there are)")
     parser.add_argument("--trajectories", type=whole(0, 100_000), metavar="N", help="of how many triples every step "
                         "is compared, too (default: 8)")
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="held-out pictures, or any folder of photos")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="held-out pictures, or any folder of photos: "
+                        "each photo's person is drawn with the head of the next (default: 8 people who exist nowhere, "
+                        "drawn by the embedded miniature)")
     _add_judges(parser.add_argument_group("who judges"))
     parser.add_argument("--threads", type=whole(1, 1024), metavar="N", help="at most so many cores (default: all)")
     parser.add_argument("--out", type=Path, default=Path("fidelity"), metavar="DIR", help="where portraits, records "
@@ -63,7 +64,7 @@ def _portraits(args: argparse.Namespace) -> Any:
     from caphuman_edge.quant.fidelity_columns import columns, reference_of
     from caphuman_edge.quant.fidelity_graphs import only_graphs
     from caphuman_edge.quant.fidelity_report import as_json, as_markdown, stem, write_sheet
-    from caphuman_edge.quant.photos import open_pictures
+    from caphuman_edge.quant.photos import drawn_pictures, open_pictures
     from caphuman_edge.runtime.bundle import Bundle
     from caphuman_edge.runtime.ledger import write_whole
     from caphuman_edge.runtime.pipeline import Pipeline
@@ -75,13 +76,15 @@ def _portraits(args: argparse.Namespace) -> Any:
         if not only_graphs(column.machine):
             column.machine.check()
     if args.pictures is None:
-        raise BadInput(PICTURES)
-    source, pairs = open_pictures(args.pictures, args.triples)
+        source, pairs = drawn_pictures(args.out, args.triples, args.threads)
+    else:
+        source, pairs = open_pictures(args.pictures, args.triples)
     judging = Judging(args.judge, args.scorer, args.parser, args.fetch)
     trajectories = TRAJECTORIES if args.trajectories is None else args.trajectories
     with Pipeline(reference, threads=args.threads) as pipe:
         bench, notes = open_bench(pipe, source, judging, args.out, args.threads)
-        findings = measure(compared, bench, pairs, trajectories, _progress, notes)
+        told = notes if args.pictures else [DRAWN, *notes]
+        findings = measure(compared, bench, pairs, trajectories, _progress, told)
         files = stem(findings, args.out)
         write_whole(files.with_name(files.name + ".json"), (json.dumps(as_json(findings), indent=1) + "\n").encode())
         write_whole(files.with_name(files.name + ".md"), (as_markdown(findings) + "\n").encode())

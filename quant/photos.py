@@ -8,13 +8,16 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from caphuman_edge.quant.heldout import ARCHIVES, Pair, Pictures, pair_up
+from caphuman_edge.quant.strangers import draw_strangers
 from caphuman_edge.runtime.cache import sha256_of
+from caphuman_edge.runtime.cli.output import make_folder
 from caphuman_edge.runtime.errors import BadInput
 from caphuman_edge.runtime.framing import Fit
 from caphuman_edge.runtime.image import load_photo
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-USUAL = 24  # pairs, where nobody asks for another number
+USUAL, DRAWN = 24, 8  # pairs, where nobody asks for another number; and of people that are drawn
+STRANGERS = "strangers"  # their folder
 
 
 class Source(Protocol):
@@ -88,6 +91,14 @@ def open_pictures(folder: Path, count: int | None = None) -> tuple[Source, list[
     if not 1 <= count <= len(names):
         raise BadInput(f"--triples is {count}, expected 1 to {len(names)}, the photos in {folder}")
     return photos, [Pair(k, names[k], tuple(names[k + 1:] + names[:k]), (), k) for k in range(count)]
+
+
+def drawn_pictures(home: Path, count: int | None = None, threads: int | None = None) -> tuple[Source, list[Pair]]:
+    """`count` or DRAWN people who exist nowhere, drawn by the embedded miniature, kept in a folder in `home`."""
+    folder = home / f"{STRANGERS}-{count or DRAWN}"  # another folder, as the last one's head is the first one's
+    make_folder(folder)
+    draw_strangers(folder, count or DRAWN, threads)
+    return open_pictures(folder, count or DRAWN)
 
 
 def _is_held_out(folder: Path) -> bool:

@@ -1,4 +1,5 @@
 """`caphuman fidelity` on two photos and two steps: report, resumption, exit codes, errors."""
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from caphuman_edge.quant import fidelity as fidelity_module
 from caphuman_edge.quant import fidelity_limits, fidelity_record
-from caphuman_edge.runtime.bundle import MANIFEST
+from caphuman_edge.quant.fidelity import Judging
+from caphuman_edge.runtime.bundle import MANIFEST, Bundle
 
 JUDGED = "--judge", "sface", "--threads", 1
 
@@ -73,8 +76,9 @@ def test_a_stopped_run_goes_on_and_reports(fidelity, folder, monkeypatch):
     assert fidelity("--gate").code == 1
 
 
-def test_another_backend_is_compared_step_by_step_and_keeps_the_limits(caphuman, quick, photos):
+def test_another_backend_is_compared_step_by_step_and_keeps_the_limits(caphuman, quick, photos, monkeypatch):
     pytest.importorskip("openvino")
+    monkeypatch.setattr(fidelity_module, "kept_verdicts", lambda *_: [])  # single graphs take long
     done = caphuman("fidelity", quick, "--against", quick, "--pictures", photos, "--backends", "openvino",
                     "--trajectories", 1, "--gate", "--json", *JUDGED)
     report = json.loads(done.out)
@@ -85,6 +89,18 @@ def test_another_backend_is_compared_step_by_step_and_keeps_the_limits(caphuman,
     assert done.code == 0 and candidate["likeness"]["SSIM"]["value"] > 0.99
 
 
+def test_a_gate_draws_its_own_people_and_lets_an_equal_bundle_pass(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(fidelity_module, "kept_verdicts", lambda *_: [])  # single graphs take long
+    reference = Bundle.open(quick)
+    manifest = dataclasses.replace(reference.manifest, name="equal")
+    equal = dataclasses.replace(reference, manifest=manifest, digest="0" * 64)
+    findings = fidelity_module.gate(equal, reference, tmp_path / "gate", triples=2, judging=Judging("sface"), threads=1)
+    assert findings.triples == 2 and not findings.missed
+    (candidate,) = findings.candidates
+    assert candidate.likeness["SSIM"][0].value == 1 and not findings.places[1].steps
+    assert len(list((tmp_path / "gate").glob("strangers-2/*.png"))) == 2
+
+
 def test_graphs_alone_are_compared_with_the_recorded_answers(caphuman, folder):
     done = caphuman("fidelity", "--against", "reference", "--threads", 1)
     assert (done.code, done.err) == (0, "") and "| denoiser |" in done.out
@@ -93,7 +109,6 @@ def test_graphs_alone_are_compared_with_the_recorded_answers(caphuman, folder):
 
 def test_users_errors_are_one_line(refusal, quick, photos, tmp_path):
     own = "fidelity", quick, "--against", quick
-    assert "--pictures" in refusal(*own, "--schedules", "ddim:4@1")
     assert "'fast'" in refusal(*own, "--schedules", "fast", "--pictures", photos)
     assert "--backends" in refusal(*own, "--backends", "torch", "--pictures", photos)
     assert "nothing to compare" in refusal(*own, "--pictures", photos)

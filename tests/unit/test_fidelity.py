@@ -362,7 +362,7 @@ def test_a_bundle_that_facenet_conditions_is_judged_by_another_network(tmp_path)
 
 def test_a_gate_stays_affordable(tmp_path):
     with pytest.raises(BadInput, match="2 to 8 triples, not 300"):
-        gate(EMBEDDED, EMBEDDED, tmp_path, tmp_path, triples=300)
+        gate(EMBEDDED, EMBEDDED, tmp_path, triples=300)
 
 
 def test_settings_of_a_column_are_complete():
