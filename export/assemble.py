@@ -84,6 +84,15 @@ def write_selftest(folder: Path, cases_of: Callable[[str], list[Case]], componen
     return _data(folder, "selftest.npz")
 
 
+def link_file(source: Path, target: Path) -> None:
+    """The same file in another place, without taking its room on the disk twice where that can be."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # a disk without hard links
+        shutil.copyfile(source, target)
+
+
 def _worst(parity: Mapping[str, float]) -> float:
     """Of a graph's outputs; gates are thresholds and stand for themselves."""
     return min(decibels for name, decibels in parity.items() if not name.startswith(GATE))
@@ -104,11 +113,7 @@ def _link_tree(source: Path, target: Path) -> None:
     for file in _files(source):
         place = target / file.relative_to(source)
         if file.name != FACTS and not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(file, place)
-            except OSError:  # a disk without hard links
-                shutil.copyfile(file, place)
+            link_file(file, place)
 
 
 def _files(folder: Path) -> Iterable[Path]:

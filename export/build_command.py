@@ -68,8 +68,11 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
                        "for another backbone; files are shared by hard links; may be given several times")
     group.add_argument("--format", type=_formats, default=("onnx",), metavar="F,..", dest="formats",
                        help=f"one or several of {', '.join(FORMATS)}; ort is ONNX Runtime Mobile's (default: onnx)")
-    group.add_argument("--precision", choices=("f16", "f32"), default="f16",
-                       help="of the stored weights; for Core ML of its arithmetic, too (default: f16)")
+    group.add_argument("--precision", choices=("f16", "f32", "int8"), default="f16",
+                       help="of the stored weights; for Core ML of its arithmetic, too. int8 is for onnx and openvino: "
+                       "what 'caphuman quantize' makes of an f16 bundle (default: f16)")
+    group.add_argument("--photos", type=Path, nargs="+", default=[], metavar="PATH", help="photos of faces, or folders "
+                       "of them, to calibrate int8 with (default: portraits that the embedded miniature draws)")
     group.add_argument("--denoiser", choices=("fused", "split", "both"), default="fused",
                        help="one graph, which is fast (default), or CapFace and UNet apart, for less memory; Core ML "
                        "takes them apart always, and a ControlNet needs them apart, too")

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
 
@@ -21,7 +22,7 @@ from caphuman_edge.export.preview import preview_of
 from caphuman_edge.export.random_weights import official_shapes
 from caphuman_edge.export.stages import CONVERTED, Options
 from caphuman_edge.runtime.backends import EXTRAS
-from caphuman_edge.runtime.bundle import Bundle, check_target
+from caphuman_edge.runtime.bundle import MANIFEST, Bundle, check_target
 from caphuman_edge.runtime.cli.inspect import facts, text
 from caphuman_edge.runtime.cli.report import show
 from caphuman_edge.runtime.contract import Config
@@ -30,6 +31,7 @@ from caphuman_edge.runtime.machine import FUSED, SPLIT
 from caphuman_edge.runtime.samplers import lay_out
 from caphuman_edge.runtime.schedule import SPACINGS, Schedule
 
+INT8, PRECISIONS = "int8", "caphuman.precisions"  # made by what is registered in that group of entry points
 PARAMETER_BYTES = {"onnx": 2, "openvino": 2, "coreml": 2, "ort": 4}  # on disk, with weights in halves
 RANDOM_BYTES = 8  # of random checkpoints in 32 bits, twice since backbone and autoencoder are files of their own, too
 DENOISER = ("model.diffusion_model.", "control_model.")
@@ -38,6 +40,31 @@ SPARE_BYTES = 1 << 30  # for what is written beside the weights
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit code."""
+    if args.photos and args.precision != INT8:
+        raise BadInput(f"--photos is what int8 is calibrated with, but --precision is {args.precision}; leave it out")
+    (_build_int8 if args.precision == INT8 else _build)(args)
+    show(facts(Bundle.open(args.out)), args.json, text)
+    return 0
+
+
+def _build_int8(args: argparse.Namespace) -> None:
+    """A float bundle, and what is registered for int8 makes of it. Either goes on where it was stopped."""
+    if other := set(args.formats) - {"onnx", "openvino"}:
+        raise BadInput(f"--precision int8 is for onnx and openvino, but --format has {', '.join(sorted(other))}; leave "
+                       "that out, or build it on its own")
+    (quantizer,) = entry_points(group=PRECISIONS, name=INT8)
+    check_target(args.out, args.overwrite)
+    home = args.out.with_name(f".{args.out.name}.float")
+    kept = [home] if (home / MANIFEST).is_file() else []  # of a build that was stopped
+    _build(argparse.Namespace(**{
+        **vars(args), "precision": "f16", "out": home, "overwrite": True, "like": [*args.like, *kept],
+        "name": args.name or args.out.absolute().name, "formats": tuple(dict.fromkeys(("onnx", *args.formats)))}))
+    with _stoppable():
+        quantizer.load()(home, args.out, args.photos, _say)
+    shutil.rmtree(home)
+
+
+def _build(args: argparse.Namespace) -> None:
     started, options, schedule = time.monotonic(), _options(args), _schedule(args)
     _check_extras(args.formats)
     check_target(args.out, args.overwrite)
@@ -51,8 +78,6 @@ def run(args: argparse.Namespace) -> int:
               store=store)
     shutil.rmtree(random_folder(args.out), ignore_errors=True)
     _say(f"built in {(time.monotonic() - started) / 60:.1f} minutes{_memory()}")
-    show(facts(Bundle.open(args.out)), args.json, text)
-    return 0
 
 
 def _options(args: argparse.Namespace) -> Options:

@@ -115,7 +115,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _name_transposed(graph: ir.Graph) -> None:
-    """Give weights that the exporter transposed their parameters' names again: recipes of `quant` know layers by them."""
+    """Give weights that the exporter transposed their parameters' names again: `quant` knows layers by those."""
     for node in graph:
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         if weight is not None and weight.is_initializer():
@@ -152,6 +152,8 @@ def _store_weights(graph: ir.Graph, pool: WeightPool, storage: Storage) -> None:
     for value in list(graph.initializers.values()):
         assert value.const_value is not None and value.name is not None
         if value.const_value.nbytes < EXTERNAL_BYTES:
+            if isinstance(value.const_value, ir.ExternalTensor):  # a half in the file that the graph was read from
+                value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
             continue
         array = value.const_value.numpy()
         half = _half(array, storage)

@@ -1,0 +1,277 @@
+"""A finished float bundle to an int8 one: calibrate, rewrite, convert, check, publish.
+
+What the recipes do not change is taken over by hard link. As a build does, this goes on where it was stopped: finished
+parts lie in `.NAME.parts` beside the new bundle until it is whole. One weight, one call's arrays and one graph are in
+memory at a time, so a full-size bundle takes about what its float denoiser takes to run.
+"""
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from caphuman_edge.export.assemble import link_file
+from caphuman_edge.export.check import Case, check_cases, load_cases, save_cases
+from caphuman_edge.export.onnx_writer import WEIGHTS, save
+from caphuman_edge.export.parts import Facts, Part, Parts
+from caphuman_edge.export.stages import OPENVINO_FILE, RUN_BY
+from caphuman_edge.quant import calibration, histogram, ranges, rewrite
+from caphuman_edge.quant.calibration import drawn_photos, photos_in, record, recorded
+from caphuman_edge.quant.int8_cases import denoiser_cases, halved, stored_case
+from caphuman_edge.quant.int8_command import PORTRAITS
+from caphuman_edge.quant.ranges import grids, load_histograms, observe, save_histograms
+from caphuman_edge.quant.recipe import DENOISER, FOLDER, Recipe, read_recipe
+from caphuman_edge.quant.rewrite import layers_of, quantize_model
+from caphuman_edge.runtime.backends import Graph, open_backend
+from caphuman_edge.runtime.bundle import Bundle, check_target, new_bundle, record_files, write_manifest
+from caphuman_edge.runtime.cache import sha256_of
+from caphuman_edge.runtime.errors import BundleError
+from caphuman_edge.runtime.manifest import DATA, Component, Form
+
+FORMATS = ("onnx", "openvino")  # that have a recipe; other forms of a graph stay as they are
+INT8, NAMELESS = "int8", "val_"
+SELFTEST = "selftest"
+FLOOR_DB = 20.0  # least PSNR of any output on real calls; a graph that computes something else has less than 10
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the ranges of activations are measured on."""
+
+    photos: tuple[Path, ...] = ()  # files and folders; none: portraits that the embedded miniature draws
+    portraits: int = PORTRAITS  # to draw, of a photo each
+
+
+def default_recipes() -> dict[str, Recipe]:
+    """Those that were found on the miniature, by format."""
+    return {kind: read_recipe(FOLDER / f"{kind}.json") for kind in FORMATS}
+
+
+def quantize(source: Path, out: Path, recipes: Mapping[str, Recipe], data: Calibration = Calibration(),
+             threads: int | None = None, report: Report = lambda line: None) -> None:
+    """Write the int8 bundle at `out`, replacing an older one whole; `report` gets a line a part.
+
+    Raises BundleError for a bundle that is int8 already, that has no ONNX graphs or whose layers have no names, and
+    where a graph computes something else than the float one.
+    """
+    bundle = Bundle.open(source)
+    check_target(out, overwrite=True)
+    plan = _Plan(bundle, recipes)
+    maker = _Maker(plan, data, threads, report)
+    parts = Parts(out.with_name(f".{out.name}.parts"), maker.keys(), report)
+    for name in maker.names():
+        maker.done[name] = parts.make(name, lambda folder, name=name: maker.make(name, folder))
+    with new_bundle(out, overwrite=True) as folder:
+        _publish(bundle, maker, folder, report)
+    parts.clear()
+
+
+class _Plan:
+    """Which graphs change in which format, and where they lie."""
+
+    def __init__(self, bundle: Bundle, recipes: Mapping[str, Recipe]):
+        self.bundle, self.recipes = bundle, recipes
+        self.forms = {(kind, graph): component.forms[kind] for graph, component in bundle.manifest.components.items()
+                      for kind, recipe in recipes.items() if kind in component.forms and recipe.changes(graph)}
+        self._check()
+
+    def folders(self) -> dict[str, dict[str, str]]:
+        """Of the ONNX graphs that change: folder, file in it, graph. Those of a folder share their weights."""
+        found: dict[str, dict[str, str]] = {}
+        for (kind, graph), form in self.forms.items():
+            if kind == "onnx":
+                path = PurePosixPath(form.path)
+                found.setdefault(str(path.parent), {})[path.name] = graph
+        return found
+
+    def onnx(self, graph: str) -> Path:
+        """A graph's float ONNX file, which every format is made from."""
+        return self.bundle.file(graph, "onnx")
+
+    def denoiser(self) -> list[str]:
+        """The graphs that activations are recorded of: the fused one, or the split ones."""
+        held = [graph for graph in DENOISER if self.bundle.stored(graph, ["onnx"])]
+        return held[:1] if held[:1] == [DENOISER[0]] else held
+
+    def _check(self) -> None:
+        root = self.bundle.root
+        lacking = {graph for _, graph in self.forms if not self.bundle.stored(graph, ["onnx"])}
+        if lacking or not self.denoiser():
+            raise BundleError(f"{root} has no ONNX form of {', '.join(sorted(lacking)) or 'the denoiser'}, which int8 "
+                              "is made from; build it with --format onnx")
+        for graph in {graph for _, graph in self.forms}:
+            if self.bundle.component(graph).forms["onnx"].precision.startswith("int"):
+                raise BundleError(f"{graph} of {root} is int8 already; quantize the float bundle that it was made from")
+            names = [layer.name for layer in layers_of(ir.load(self.onnx(graph)).graph)]
+            if nameless := [name for name in names if name.startswith(NAMELESS)]:
+                raise BundleError(f"{graph} of {root} has layers without names ({nameless[0]}): an earlier version "
+                                  "wrote it; build that bundle again")
+
+
+class _Maker:
+    """Makes the parts of an int8 bundle; `done` holds those that are finished."""
+
+    def __init__(self, plan: _Plan, data: Calibration, threads: int | None, report: Report):
+        self.plan, self.data, self.threads, self.report = plan, data, threads, report
+        self.done: dict[str, Part] = {}
+
+    def names(self) -> list[str]:
+        """Every part, each after those that it needs."""
+        graphs = dict.fromkeys(graph for _, graph in self.plan.forms)
+        converted = [f"{kind}/{graph}" for kind, graph in self.plan.forms if kind != "onnx"]
+        return ["samples", "ranges", *(f"answers/{graph}" for graph in graphs),
+                *(f"onnx/{folder}" for folder in self.plan.folders()), *converted,
+                *(f"{kind} check/{graph}" for kind, graph in self.plan.forms)]
+
+    def keys(self) -> dict[str, str]:
+        """What decides each part."""
+        photos = sha256_of(file for place in self.data.photos
+                           for file in (sorted(place.iterdir()) if place.is_dir() else [place]) if file.is_file())
+        code = [Path(module.__file__ or "").read_text() for module in (calibration, histogram, ranges, rewrite)]
+        common = [self.plan.bundle.digest, list(photos.values()), self.data.portraits, code]
+        return {name: hashlib.sha256(json.dumps([name, common, self._recipe_text(name)]).encode()).hexdigest()
+                for name in self.names()}
+
+    def make(self, name: str, folder: Path) -> Facts:
+        """Make one part in this folder."""
+        stage, _, subject = name.partition("/")
+        if stage == "samples":
+            return self._samples(folder)
+        if stage == "ranges":
+            return self._ranges(folder)
+        if stage == "answers":
+            return self._answers(subject, folder)
+        if stage == "onnx":
+            return self._rewrite(self.plan.folders()[subject], folder, self.plan.recipes["onnx"])
+        return self._openvino(subject, folder) if stage == "openvino" else self._check(stage, subject, folder)
+
+    def file(self, kind: str, graph: str) -> Path:
+        """A finished graph's file."""
+        if kind != "onnx":
+            return self.done[f"{kind}/{graph}"].folder / OPENVINO_FILE
+        path = PurePosixPath(self.plan.forms[kind, graph].path)
+        return self.done[f"onnx/{path.parent}"].folder / path.name
+
+    def cases(self, graph: str) -> list[Case]:
+        """A graph's inputs and what the float graph gives."""
+        return load_cases(self.done[f"answers/{graph}"].folder / "cases.npz")
+
+    def _samples(self, folder: Path) -> Facts:
+        photos = photos_in(self.data.photos) if self.data.photos else drawn_photos(self.data.portraits)
+        drawn = record(self.plan.bundle, photos, self.data.portraits, folder, self.threads, self.report)
+        return {"portraits": drawn, "calls": len(list(folder.iterdir()))}
+
+    def _ranges(self, folder: Path) -> Facts:
+        samples, found = self.done["samples"].folder, {}
+        for graph in self.plan.denoiser():
+            found |= observe(self.plan.onnx(graph), lambda graph=graph: recorded(samples, graph), self.threads,
+                             self.report)
+        save_histograms(found, folder / "histograms.npz")
+        return {"activations": len(found)}
+
+    def _answers(self, graph: str, folder: Path) -> Facts:
+        if graph in DENOISER:
+            cases = denoiser_cases(graph, self.done["samples"].folder, self._load)
+        else:
+            cases = [stored_case(self.plan.bundle.file(SELFTEST), graph, self._load(graph))]
+        save_cases(cases, folder / "cases.npz")
+        return {}
+
+    def _rewrite(self, graphs: Mapping[str, str], folder: Path, recipe: Recipe) -> Facts:
+        """Graphs of one folder, by file."""
+        found = grids(load_histograms(self.done["ranges"].folder / "histograms.npz"), recipe.clip, recipe.affine)
+        models, counts = {}, dict[str, Any]()
+        for file, graph in graphs.items():
+            models[file] = ir.load(self.plan.onnx(graph))
+            counts[graph] = quantize_model(models[file], lambda name, graph=graph: recipe.treatment(graph, name), found,
+                                           recipe.round_outputs)
+        save(models, folder)
+        return counts
+
+    def _openvino(self, graph: str, folder: Path) -> Facts:
+        from caphuman_edge.export.openvino_writer import write_openvino
+
+        scratch = folder / "onnx"
+        counts = self._rewrite({"model.onnx": graph}, scratch, self.plan.recipes["openvino"])
+        write_openvino(scratch / "model.onnx", folder / OPENVINO_FILE)
+        shutil.rmtree(scratch)
+        return counts
+
+    def _check(self, stage: str, graph: str, folder: Path) -> Facts:
+        kind = stage.removesuffix(" check")
+        path = self.file(kind, graph)
+        network = open_backend(RUN_BY[kind]).load(path, threads=self.threads, precision="f32",
+                                                  cache_dir=folder / "compiled")
+        found = check_cases(str(path), network, self.cases(graph), FLOOR_DB)
+        shutil.rmtree(folder / "compiled", ignore_errors=True)
+        return found
+
+    def _load(self, graph: str) -> Graph:
+        return self.plan.bundle.graph(graph, threads=self.threads)
+
+    def _recipe_text(self, name: str) -> str:
+        kind = name.split("/")[0].removesuffix(" check")
+        return self.plan.recipes[kind].to_text() if kind in self.plan.recipes else ""
+
+
+def _publish(bundle: Bundle, maker: _Maker, folder: Path, report: Report) -> None:
+    """Put the new bundle's folder together: what changed from the parts, the rest from the float bundle."""
+    forms: dict[tuple[str, str], Form] = {}
+    for (kind, graph), form in maker.plan.forms.items():
+        path, made = PurePosixPath(form.path), maker.file(kind, graph)
+        beside = made.with_name(WEIGHTS) if kind == "onnx" else made.with_suffix(".bin")
+        new = {str(path.parent / file.name): file for file in (made, beside) if file.exists()}
+        for inner, file in new.items():
+            if not (folder / inner).exists():
+                link_file(file, folder / inner)
+        forms[kind, graph] = dataclasses.replace(form, files=dict.fromkeys(new), precision=INT8,  # type: ignore
+                                                 parity=_parity(maker.done[f"{kind} check/{graph}"].facts))
+    _write_selftest(bundle, maker, folder)
+    components = {name: _taken_over(bundle, component, name, forms, folder)
+                  for name, component in bundle.manifest.components.items()}
+    facts = {"from_bundle": bundle.digest, "portraits": maker.done["samples"].facts["portraits"],
+             "photos": "given" if maker.data.photos else "drawn by the embedded miniature",
+             "recipes": {kind: hashlib.sha256(recipe.to_text().encode()).hexdigest()
+                         for kind, recipe in maker.plan.recipes.items() if any(k == kind for k, _ in forms)}}
+    write_manifest(folder, dataclasses.replace(bundle.manifest, components=components,
+                                               provenance={**bundle.manifest.provenance, INT8: facts}))
+
+
+def _taken_over(bundle: Bundle, component: Component, name: str, forms: Mapping[tuple[str, str], Form],
+                folder: Path) -> Component:
+    """A component of the new bundle: the files that it does not have yet are those of the float bundle."""
+    new = {}
+    for kind, form in component.forms.items():
+        changed = forms.get((kind, name))
+        replaced = {form.path, str(PurePosixPath(form.path).parent / WEIGHTS)} if changed else set()
+        kept = [path for path in form.files if path not in replaced and not (changed and path in changed.files)]
+        for path in kept:
+            if not (folder / path).exists():
+                link_file(bundle.root / path, folder / path)
+        listed = [*(changed.files if changed else ()), *kept]
+        new[kind] = dataclasses.replace(changed or form, files=record_files(folder, [folder / path for path in listed]))
+    return dataclasses.replace(component, forms=new)
+
+
+def _write_selftest(bundle: Bundle, maker: _Maker, folder: Path) -> None:
+    """The float bundle's, but of the denoiser a call of a real trajectory: grids are made for those."""
+    with np.load(bundle.file(SELFTEST), allow_pickle=False) as stored:
+        rows = {name: stored[name] for name in stored.files}
+    for graph in {graph for _, graph in maker.plan.forms if graph in DENOISER}:
+        cases = maker.cases(graph)
+        case = cases[len(cases) // 2]
+        rows = {name: row for name, row in rows.items() if not name.startswith(f"{graph}/")}
+        for side, arrays in (("in", case.inputs), ("out", case.outputs)):
+            rows |= {f"{graph}/{side}/{name}": halved(array) for name, array in arrays.items()}
+    np.savez_compressed(folder / bundle.form(SELFTEST, [DATA]).path, **rows)  # type: ignore[arg-type]
+
+
+def _parity(found: Mapping[str, float]) -> dict[str, float]:
+    return {"psnr_db": min(found.values()), **found}

@@ -1,0 +1,103 @@
+"""A whole bundle becomes int8 and runs so on both backends."""
+import json
+
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from caphuman_edge.export.assemble import perception_in
+from caphuman_edge.export.builder import Options, Sources, build
+from caphuman_edge.quant import int8_bundle
+from caphuman_edge.quant.int8_bundle import Calibration, default_recipes, quantize
+from caphuman_edge.runtime.bundle import EMBEDDED, Bundle
+from caphuman_edge.runtime.cli import main
+from caphuman_edge.runtime.errors import BundleError
+from caphuman_edge.runtime.machine import Machine
+from caphuman_edge.runtime.schedule import Schedule
+from caphuman_edge.runtime.selftest import self_test
+
+openvino = pytest.importorskip("openvino")
+DENOISER = ("denoiser", "capface", "unet")
+
+
+@pytest.fixture(scope="module")
+def source(micro, tmp_path_factory):
+    """The micro model's float bundle."""
+    out = tmp_path_factory.mktemp("float") / "micro"
+    sources = Sources(perception_in(EMBEDDED), "micro", Schedule(steps=4), {"weights": "random"}, {}, "tests only")
+    build(micro.model, micro.preview, sources, out, Options(("onnx", "openvino")))
+    return out
+
+
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory):
+    """Its int8 bundle, made by a build that broke down once, and the lines that the second one reported."""
+    out, lines = tmp_path_factory.mktemp("int8") / "micro", []
+    patch = pytest.MonkeyPatch()
+    patch.setattr(int8_bundle, "check_cases", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        quantize(source, out, default_recipes(), Calibration(portraits=1), threads=1)
+    patch.undo()
+    assert not out.exists()
+    quantize(source, out, default_recipes(), Calibration(portraits=1), threads=1, report=lines.append)
+    assert [path.name for path in out.parent.iterdir()] == ["micro"]  # no parts are left
+    return Bundle.open(out), lines
+
+
+@pytest.mark.slow
+def test_a_stopped_build_goes_on_where_it_was(made):
+    kept = [line for line in made[1] if line.endswith(": kept")]
+    assert any("samples" in line for line in kept) and any("onnx/denoiser" in line for line in kept)
+    assert not any("check" in line for line in kept)
+
+
+@pytest.mark.slow
+def test_the_bundle_says_what_it_is_and_is_half_as_large(made, source):
+    before, after = Bundle.open(source), made[0]
+    for graph in DENOISER:
+        for kind, form in after.component(graph).forms.items():
+            assert form.precision == "int8" and form.parity["psnr_db"] > 25
+            size = sum(record.size for path, record in form.files.items() if path.endswith(".bin"))
+            was = sum(record.size for path, record in before.component(graph).forms[kind].files.items()
+                      if path.endswith(".bin"))
+            assert size < 0.75 * was
+    assert after.component("hint_encoder") == before.component("hint_encoder")
+    assert json.loads(after.manifest.to_text())["provenance"]["int8"]["from_bundle"] == before.digest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ort", "openvino"])
+def test_it_verifies_on_each_backend(made, backend, tmp_path):
+    machine = Machine(backend, threads=1, cache_dir=tmp_path)
+    verdicts = {verdict.graph: verdict for verdict in self_test(made[0], machine)}
+    assert verdicts.keys() >= {*DENOISER}
+    assert all(verdict.passed for verdict in verdicts.values()), verdicts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", DENOISER)
+def test_onnx_runtime_runs_every_layer_in_int8(made, graph, tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(str(made[0].file(graph, "onnx")), options, providers=["CPUExecutionProvider"])
+    operators = [node.op_type for node in ir.load(tmp_path / "optimised.onnx").graph]
+    assert operators.count("QLinearConv") > 10 and "Conv" not in operators
+    assert operators.count("MatMulIntegerToFloat") > 5
+
+
+@pytest.mark.slow
+def test_openvino_runs_convolutions_in_int8(made):
+    compiled = openvino.Core().compile_model(made[0].file("denoiser", "openvino"), "CPU",
+                                             {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"})
+    kinds = [(str(node.get_rt_info()["layerType"].astype(str)), str(node.get_rt_info()["primitiveType"].astype(str)))
+             for node in compiled.get_runtime_model().get_ops()]
+    convolutions = [primitive for kind, primitive in kinds if kind == "Convolution"]
+    assert convolutions and all(primitive.lower().endswith("i8") for primitive in convolutions)
+
+
+@pytest.mark.slow
+def test_what_is_int8_is_not_quantized_again(made, tmp_path, capsys):
+    with pytest.raises(BundleError, match="is int8 already"):
+        quantize(made[0].root, tmp_path / "again", default_recipes())
+    assert main(["quantize", str(made[0].root), "--out", str(tmp_path / "again")]) == 2
+    assert "is int8 already" in capsys.readouterr().err
