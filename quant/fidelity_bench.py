@@ -4,6 +4,7 @@ A folder a column holds its portraits as PNG and its records, one JSON line a tr
 what is drawn, so another comparison finds it done.
 """
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from caphuman_edge.quant.fidelity_columns import Column, digest_of
@@ -47,11 +48,15 @@ class Bench:
 
     def folder(self, column: Column) -> Path:
         """Where a column's portraits lie: another one for all that changes them."""
+        return self.out / digest_of([column.key, self._given])
+
+    @cached_property
+    def _given(self) -> str:
+        """What portraits are drawn of: pictures, and what measures them."""
         perception = {name: [record.sha256 for record in part.forms["onnx"].files.values()]
                       for name, part in self.pipe.bundle.manifest.components.items()
                       if name in PERCEPTION_GRAPHS + OFFICIAL_GRAPHS}
-        head = sha256_of([self.pipe.head_file])[self.pipe.head_file]
-        return self.out / digest_of([column.key, perception, head, self.pictures.digest])
+        return digest_of([perception, *sha256_of([self.pipe.head_file]).values(), self.pictures.digest])
 
     def records(self, column: Column) -> Records:
         """What is measured of a column: another file for all that changes it."""
