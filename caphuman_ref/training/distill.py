@@ -82,7 +82,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kind", choices=KINDS, default="lcm", help="the sampler that the student is made for")
     parser.add_argument("--guidance", type=float, default=4.0, help="of the teacher, from the empty prompt")
     parser.add_argument("--identity-guidance", type=float, default=1.0,
-                        help="of the teacher, from nobody; 1 or equal to --guidance costs two predictions, else three")
+                        help="of the teacher, from nobody; 1 costs two predictions, others three")
     parser.add_argument("--steps", type=int, default=50, help="of the teacher's DDIM; what LCM and TCD sample out of")
     parser.add_argument("--skip", type=int, default=1, help="how many of these one step of the teacher leaps over: "
                         "more is learnt faster and less exactly")
@@ -210,7 +210,8 @@ class Distiller:
         weighted = cost(error) * (1 + FACE_WEIGHT * batch.masks)
         terms = {"loss": weighted.mean(), "distance": error.square().mean().sqrt()}
         if self.critic:
-            terms["identity"] = unlikeness(self.critic, clean, batch.identities).mean()
+            shown = torch.lerp(batch.latents, clean, batch.masks)  # the face alone, as in nano
+            terms["identity"] = unlikeness(self.critic, shown, batch.identities).mean()
             terms["loss"] = terms["loss"] + IDENTITY_WEIGHT * terms["identity"]
         return terms
 
