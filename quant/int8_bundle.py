@@ -32,7 +32,7 @@ from caphuman_edge.runtime.backends import Graph, open_backend
 from caphuman_edge.runtime.bundle import Bundle, check_target, new_bundle, record_files, write_manifest
 from caphuman_edge.runtime.cache import sha256_of
 from caphuman_edge.runtime.errors import BundleError
-from caphuman_edge.runtime.manifest import DATA, Component, Form
+from caphuman_edge.runtime.manifest import DATA, Form
 
 FORMATS = ("onnx", "openvino")  # that have a recipe; other forms of a graph stay as they are
 INT8, NAMELESS = "int8", "val_"
@@ -69,7 +69,7 @@ def quantize(source: Path, out: Path, recipes: Mapping[str, Recipe], data: Calib
     for name in maker.names():
         maker.done[name] = parts.make(name, lambda folder, name=name: maker.make(name, folder))
     with new_bundle(out, overwrite=True) as folder:
-        _publish(bundle, maker, folder, report)
+        _publish(bundle, maker, folder)
     parts.clear()
 
 
@@ -221,43 +221,45 @@ class _Maker:
         return self.plan.recipes[kind].to_text() if kind in self.plan.recipes else ""
 
 
-def _publish(bundle: Bundle, maker: _Maker, folder: Path, report: Report) -> None:
+def _publish(bundle: Bundle, maker: _Maker, folder: Path) -> None:
     """Put the new bundle's folder together: what changed from the parts, the rest from the float bundle."""
-    forms: dict[tuple[str, str], Form] = {}
-    for (kind, graph), form in maker.plan.forms.items():
-        path, made = PurePosixPath(form.path), maker.file(kind, graph)
-        beside = made.with_name(WEIGHTS) if kind == "onnx" else made.with_suffix(".bin")
-        new = {str(path.parent / file.name): file for file in (made, beside) if file.exists()}
-        for inner, file in new.items():
-            if not (folder / inner).exists():
-                link_file(file, folder / inner)
-        forms[kind, graph] = dataclasses.replace(form, files=dict.fromkeys(new), precision=INT8,  # type: ignore
-                                                 parity=_parity(maker.done[f"{kind} check/{graph}"].facts))
+    plan, facts = maker.plan, maker.done["samples"].facts
+    changed = {key: _link_made(maker.file(*key), plan.forms[key], folder) for key in plan.forms}
     _write_selftest(bundle, maker, folder)
-    components = {name: _taken_over(bundle, component, name, forms, folder)
-                  for name, component in bundle.manifest.components.items()}
-    facts = {"from_bundle": bundle.digest, "portraits": maker.done["samples"].facts["portraits"],
-             "photos": "given" if maker.data.photos else "drawn by the embedded miniature",
-             "recipes": {kind: hashlib.sha256(recipe.to_text().encode()).hexdigest()
-                         for kind, recipe in maker.plan.recipes.items() if any(k == kind for k, _ in forms)}}
-    write_manifest(folder, dataclasses.replace(bundle.manifest, components=components,
-                                               provenance={**bundle.manifest.provenance, INT8: facts}))
+    components = {}
+    for graph, component in bundle.manifest.components.items():
+        forms = {kind: _form(bundle, form, changed.get((kind, graph), []), folder)
+                 for kind, form in component.forms.items()}
+        forms |= {kind: dataclasses.replace(forms[kind], precision=INT8, parity=_parity(maker, kind, graph))
+                  for kind, name in changed if name == graph}
+        components[graph] = dataclasses.replace(component, forms=forms)
+    provenance = {**bundle.manifest.provenance, INT8: {
+        "from_bundle": bundle.digest, "portraits": facts["portraits"],
+        "photos": "given" if maker.data.photos else "drawn by the embedded miniature",
+        "recipes": {kind: hashlib.sha256(plan.recipes[kind].to_text().encode()).hexdigest()
+                    for kind in dict.fromkeys(kind for kind, _ in changed)}}}
+    write_manifest(folder, dataclasses.replace(bundle.manifest, components=components, provenance=provenance))
 
 
-def _taken_over(bundle: Bundle, component: Component, name: str, forms: Mapping[tuple[str, str], Form],
-                folder: Path) -> Component:
-    """A component of the new bundle: the files that it does not have yet are those of the float bundle."""
-    new = {}
-    for kind, form in component.forms.items():
-        changed = forms.get((kind, name))
-        replaced = {form.path, str(PurePosixPath(form.path).parent / WEIGHTS)} if changed else set()
-        kept = [path for path in form.files if path not in replaced and not (changed and path in changed.files)]
-        for path in kept:
-            if not (folder / path).exists():
-                link_file(bundle.root / path, folder / path)
-        listed = [*(changed.files if changed else ()), *kept]
-        new[kind] = dataclasses.replace(changed or form, files=record_files(folder, [folder / path for path in listed]))
-    return dataclasses.replace(component, forms=new)
+def _link_made(made: Path, form: Form, folder: Path) -> list[str]:
+    """Link a new graph and its weights to where the old ones lay; returns their paths in the bundle."""
+    place = PurePosixPath(form.path).parent
+    files = [file for file in (made, made.with_name(WEIGHTS), made.with_suffix(".bin")) if file.exists()]
+    paths = {str(place / file.name): file for file in files}
+    for path, file in paths.items():
+        if not (folder / path).exists():
+            link_file(file, folder / path)
+    return list(paths)
+
+
+def _form(bundle: Bundle, form: Form, made: list[str], folder: Path) -> Form:
+    """The form with its new files, if any; what those do not replace is the float bundle's."""
+    replaced = {*made, form.path, str(PurePosixPath(form.path).parent / WEIGHTS)} if made else set()
+    kept = [path for path in form.files if path not in replaced]
+    for path in kept:
+        if not (folder / path).exists():
+            link_file(bundle.root / path, folder / path)
+    return dataclasses.replace(form, files=record_files(folder, [folder / path for path in (*made, *kept)]))
 
 
 def _write_selftest(bundle: Bundle, maker: _Maker, folder: Path) -> None:
@@ -273,5 +275,6 @@ def _write_selftest(bundle: Bundle, maker: _Maker, folder: Path) -> None:
     np.savez_compressed(folder / bundle.form(SELFTEST, [DATA]).path, **rows)  # type: ignore[arg-type]
 
 
-def _parity(found: Mapping[str, float]) -> dict[str, float]:
+def _parity(maker: _Maker, kind: str, graph: str) -> dict[str, float]:
+    found: dict[str, float] = maker.done[f"{kind} check/{graph}"].facts
     return {"psnr_db": min(found.values()), **found}

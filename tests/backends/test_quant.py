@@ -109,3 +109,12 @@ def test_what_is_int8_is_not_quantized_again(made, tmp_path, capsys):
         quantize(made[0].root, tmp_path / "again", default_recipes())
     assert main(["quantize", str(made[0].root), "--out", str(tmp_path / "again")]) == 2
     assert "is int8 already" in capsys.readouterr().err
+
+
+def test_flags_that_do_not_go_together_are_refused_before_anything_is_read(tmp_path, capsys):
+    build_command = ["build", "--random-weights", "nano", "--out", str(tmp_path / "new")]
+    assert main([*build_command, "--precision", "int8", "--format", "onnx,coreml"]) == 2
+    assert "--precision int8 is for onnx and openvino, but --format has coreml" in capsys.readouterr().err
+    assert main([*build_command, "--photos", "me.jpg"]) == 2
+    assert "--photos is what int8 is calibrated with" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
