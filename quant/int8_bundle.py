@@ -23,6 +23,7 @@ from caphuman_edge.export.parts import Facts, Part, Parts
 from caphuman_edge.export.stages import OPENVINO_FILE, RUN_BY
 from caphuman_edge.quant import calibration, histogram, ranges, rewrite
 from caphuman_edge.quant.calibration import drawn_photos, photos_in, record, recorded
+from caphuman_edge.quant.graph_reader import read_graph
 from caphuman_edge.quant.int8_cases import denoiser_cases, halved, stored_case
 from caphuman_edge.quant.int8_command import PORTRAITS
 from caphuman_edge.quant.ranges import grids, load_histograms, observe, save_histograms
@@ -189,7 +190,7 @@ class _Maker:
         found = grids(load_histograms(self.done["ranges"].folder / "histograms.npz"), recipe.clip, recipe.affine)
         models, counts = {}, dict[str, Any]()
         for file, graph in graphs.items():
-            models[file] = ir.load(self.plan.onnx(graph))
+            models[file] = read_graph(self.plan.onnx(graph))
             counts[graph] = quantize_model(models[file], lambda name, graph=graph: recipe.treatment(graph, name), found,
                                            recipe.round_outputs)
         save(models, folder)
