@@ -60,7 +60,8 @@ def record(device: torch.device) -> dict[str, Any]:
 @torch.no_grad()
 def answers(device: torch.device) -> dict[str, np.ndarray]:
     """`graph/output` of every graph of the contract, on inputs that follow from a seed."""
-    specs, found = graphs(CONFIG), {}
+    specs = graphs(CONFIG)
+    found: dict[str, np.ndarray] = {}
     for name, module in parts().items():
         inputs = example_inputs(specs[name].inputs, INPUTS_SEED)
         outputs = module.to(device)(*(tensor.to(device) for tensor in inputs.values()))

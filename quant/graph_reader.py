@@ -24,5 +24,4 @@ def _mapped(tensor: ir.ExternalTensor, path: Path) -> np.ndarray:
     location = str(tensor.location)
     if Path(location).name != location:
         raise BundleError(f"{path} keeps weights in {location!r:.80}, expected a file beside it; build it again")
-    shape = tuple(int(n) for n in tensor.shape)
-    return np.memmap(path.parent / location, tensor.dtype.numpy(), "r", tensor.offset or 0, shape)
+    return np.memmap(path.parent / location, tensor.dtype.numpy(), "r", tensor.offset or 0, tensor.shape.numpy())

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -68,7 +69,7 @@ def quantize(source: Path, out: Path, recipes: Mapping[str, Recipe], data: Calib
     maker = _Maker(plan, data, threads, report)
     parts = Parts(out.with_name(f".{out.name}.parts"), maker.keys(), report)
     for name in maker.names():
-        maker.done[name] = parts.make(name, lambda folder, name=name: maker.make(name, folder))
+        maker.done[name] = parts.make(name, partial(maker.make, name))
     with new_bundle(out, overwrite=True) as folder:
         _publish(bundle, maker, folder)
     parts.clear()
@@ -170,9 +171,10 @@ class _Maker:
         return {"portraits": drawn, "calls": len(list(folder.iterdir()))}
 
     def _ranges(self, folder: Path) -> Facts:
-        samples, found = self.done["samples"].folder, {}
+        samples = self.done["samples"].folder
+        found: ranges.Histograms = {}
         for graph in self.plan.denoiser():
-            found |= observe(self.plan.onnx(graph), lambda graph=graph: recorded(samples, graph), self.threads,
+            found |= observe(self.plan.onnx(graph), partial(recorded, samples, graph), self.threads,
                              self.report)
         save_histograms(found, folder / "histograms.npz")
         return {"activations": len(found)}
@@ -191,7 +193,7 @@ class _Maker:
         models, counts = {}, dict[str, Any]()
         for file, graph in graphs.items():
             models[file] = read_graph(self.plan.onnx(graph))
-            counts[graph] = quantize_model(models[file], lambda name, graph=graph: recipe.treatment(graph, name), found,
+            counts[graph] = quantize_model(models[file], partial(recipe.treatment, graph), found,
                                            recipe.round_outputs)
         save(models, folder)
         return counts
@@ -273,7 +275,7 @@ def _write_selftest(bundle: Bundle, maker: _Maker, folder: Path) -> None:
         rows = {name: row for name, row in rows.items() if not name.startswith(f"{graph}/")}
         for side, arrays in (("in", case.inputs), ("out", case.outputs)):
             rows |= {f"{graph}/{side}/{name}": halved(array) for name, array in arrays.items()}
-    np.savez_compressed(folder / bundle.form(SELFTEST, [DATA]).path, **rows)  # type: ignore[arg-type]
+    np.savez_compressed(folder / bundle.form(SELFTEST, [DATA]).path, **rows)
 
 
 def _parity(maker: _Maker, kind: str, graph: str) -> dict[str, float]:

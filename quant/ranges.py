@@ -72,7 +72,7 @@ def open_session(model: ir.Model, folder: Path, threads: int | None = None) -> o
 def _count(path: Path, chunk: Sequence[str], inputs: Iterable[Arrays], found: Histograms, threads: int | None) -> None:
     """Fill the histograms of these values."""
     model = ir.load(path)
-    given = {value.name for value in model.graph.inputs}
+    given = {str(value.name) for value in model.graph.inputs}
     values = {str(value.name): value for value in _values(model.graph)}
     inner = [name for name in chunk if name not in given]
     for name in inner:
@@ -85,8 +85,8 @@ def _count(path: Path, chunk: Sequence[str], inputs: Iterable[Arrays], found: Hi
         fed = {name: array for name, array in arrays.items() if name in wanted}
         for name, array in zip(inner, session.run(inner, fed), strict=True):
             found[name].add(array)
-        for name in given & {*chunk}:
-            found[name].add(arrays[name])
+        for read in given & {*chunk}:
+            found[read].add(arrays[read])
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

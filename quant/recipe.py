@@ -59,7 +59,7 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe. Raises BadInput for a file that is none."""
     try:
-        data = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_BYTES else None
+        data: Any = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_BYTES else None
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); check the path of the recipe") from error
     except (ValueError, RecursionError) as error:

@@ -202,7 +202,7 @@ class _Pairs:
 
     def _constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         tensor.name = name
-        value = ir.val(name, tensor.dtype, ir.Shape(tensor.shape), const_value=tensor)
+        value = ir.val(name, tensor.dtype, ir.Shape(_numbers(tensor)), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
@@ -235,4 +235,9 @@ def _constant(value: ir.Value | None) -> Float32[np.ndarray, "..."]:
 def _shape(value: ir.Value) -> tuple[int, ...]:
     stored = _stored(value)
     assert stored is not None and stored.const_value is not None
-    return tuple(int(n) for n in stored.const_value.shape)
+    return _numbers(stored.const_value)
+
+
+def _numbers(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """The shape of what is stored, which has no symbols."""
+    return tuple(n for n in tensor.shape if isinstance(n, int))
