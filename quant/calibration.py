@@ -40,8 +40,8 @@ def record(bundle: Bundle, photos: Iterator[Photo], portraits: int, folder: Path
     Heads and prompts vary from portrait to portrait. Returns how many portraits were drawn, which are fewer where the
     photos end. Raises BadInput where no photo shows a face.
     """
-    drawn = 0
-    with _Recorder(bundle, folder, threads) as pipe:
+    drawn, pipe = 0, _Recorder(bundle, folder, threads)
+    with pipe:
         rng = np.random.default_rng(SEED)
         for photo in photos:
             if drawn == portraits:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -59,7 +59,7 @@ class Pipeline:
         self.renderer: Renderer = open_renderer(renderer)  # last: a failure above leaves no context open
         self._graphs: dict[str, Graph] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Pipeline":
         return self
 
     def __exit__(self, *_: object) -> None:
