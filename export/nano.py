@@ -26,7 +26,7 @@ from caphuman_edge.runtime.schedule import TRAILING, Schedule
 
 # DPM-Solver++ draws in 10 steps as well as DDIM in 20, and prompts and likeness are both obeyed at these guidances: see
 # "Guidance" in benchmarks/RESULTS.md.
-SAMPLED = Schedule(kind="dpm++", steps=10, guidance=4.5, identity_guidance=3.0, timesteps=TRAILING)
+SAMPLED = Schedule(kind="dpm++", steps=10, guidance=5.0, identity_guidance=3.0, timesteps=TRAILING)
 STUDENT_STEPS = 4
 LICENCE_TEXT = """\
 The weights of this bundle's text_encoder, image_encoder, hint_encoder, denoiser, capface, unet, vae_encoder,

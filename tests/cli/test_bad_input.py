@@ -176,8 +176,8 @@ def test_exif_turns_a_photo_upright_to_the_pixel(astronaut, upright, folder, tmp
     (("--seed", 2**63), (str(2**63), "expected 0 to")),
     (("--seed", 2**63 - 1, "--count", 2), (str(2**63), "expected 0 to")),
     (("--guidance", "nan"), ("guidance is nan", "expected 0 to 30")),
-    (("--steps", "0"), ("0 steps", "the nearest that can: 1")),
-    (("--steps", "300"), ("300 steps", "250 or 334")),
+    (("--schedule", "ddim", "--steps", "0"), ("0 steps", "the nearest that can: 1")),
+    (("--schedule", "ddim", "--steps", "300"), ("300 steps", "250 or 334")),
     (("--count", "0"), ("'0'", "1 to 1000")),
     (("--prompt", "word " * 2000), ("10000 characters", "shorten it")),
     (("--backend", "tensorrt"), ("'tensorrt'", "ort, openvino, coreml")),
@@ -252,7 +252,7 @@ def test_a_wrong_call_is_one_line_that_points_to_the_help(refusal, argv):
 
 def test_a_bad_number_of_steps_is_refused_before_anybody_looks_at_the_photo(generate_refused, photo, monkeypatch):
     monkeypatch.setattr(Pipeline, "perceive", lambda *_: pytest.fail("the photo was measured"))
-    assert "300 steps" in generate_refused(photo, "--steps", 300)
+    assert "300 steps" in generate_refused(photo, "--schedule", "ddim", "--steps", 300)
 
 
 @pytest.mark.parametrize("flags", [

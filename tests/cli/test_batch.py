@@ -103,7 +103,7 @@ BAD = {
     '{"photo": "me.png", "yaw": 500}': "'500' is not a number from -180 to 180",
     '{"photo": "me.png", "yaw": "left"}': "'left' is not a number", '{"photo": "me.png", "yaw": true}': "yaw is 'True'",
     '{"photo": "me.png", "steps": 2.5}': "invalid int value: '2.5'",
-    '{"photo": "me.png", "steps": 0}': "0 steps",
+    '{"photo": "me.png", "steps": 0}': "steps is 0",
     '{"photo": "me.png", "jaw": null, "jaw": 3}': "given twice",
     '{"photo": "me.png", "light_from": "me.png", "light-from": "me.png"}': "'light-from' is given twice",
     '{"photo": "me.png", "colour": "red"}': "--colour=red is not known",
