@@ -23,7 +23,7 @@ def told(path: Path) -> dict:
 
 def test_a_recipe_draws_the_picture_again_with_its_sampler(caphuman, photo, folder):
     for flags, expected in ((("--schedule", "tcd"), ("tcd", "trailing", 0.3)),
-                            (("--timesteps", "trailing"), ("ddim", "trailing", 0.0))):
+                            (("--schedule", "ddim", "--timesteps", "trailing"), ("ddim", "trailing", 0.0))):
         caphuman("generate", photo, "--out", f"{expected[0]}.png", *DRAW, *flags)
         recipe = told(folder / f"{expected[0]}.png")
         assert (recipe["schedule"], recipe["timesteps"], recipe["eta"]) == expected
@@ -36,7 +36,7 @@ def test_a_recipe_draws_the_picture_again_with_its_sampler(caphuman, photo, fold
 def test_a_sampler_for_distilled_models_is_warned_of_in_one_line(caphuman, photo):
     done = caphuman("generate", photo, "--out", "out.png", "--schedule", "lcm", *DRAW)
     assert (done.code, done.err.count("\n")) == (0, 1)
-    assert "warning: schedule lcm is asked for, but the bundle's model was made for ddim" in done.err
+    assert "warning: schedule lcm is asked for, but the bundle's model was made for dpm++" in done.err
 
 
 def built(*flags: str) -> Schedule:
