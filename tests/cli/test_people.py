@@ -41,7 +41,7 @@ def test_two_people_stand_where_they_are_put(caphuman, photo, mirrored, folder):
     assert told[1]["controls"]["angles"][0] == pytest.approx(-20, abs=0.1)
     assert told[0]["photo_sha256"] != told[1]["photo_sha256"]
     change = np.abs(pixels(folder / "two.png") - pixels(folder / "one.png")).mean(axis=(0, 2))
-    assert change[160:].mean() > 3 * change[:64].mean()  # the second one is in the right half
+    assert change[160:].mean() > 2 * change[:64].mean()  # the second one is in the right half
 
 
 def test_a_mask_keeps_somebody_out(caphuman, photo, folder):

@@ -135,6 +135,7 @@ def test_the_term_reads_the_picture_that_eps_implies(trained, labels, narrow):
     critic = load_critic(trained, 16)
     trainer = nano.Trainer(NANO, labels.words, CPU, compiled=False, critic=critic)
     batch = labels.batch(4, np.random.default_rng(0), CPU, 0.0)
+    batch = dataclasses.replace(batch, masks=torch.ones_like(batch.masks))
 
     def perfect(noisy, timestep, batch):
         alpha_bar = trainer.alphas_cumprod[timestep][:, None, None, None]
@@ -149,8 +150,10 @@ def test_the_term_judges_the_face_alone(trained, labels, narrow):
     """Hair and surroundings are the prompt's to say: what eps implies there changes nothing."""
     trainer = nano.Trainer(NANO, labels.words, CPU, compiled=False, critic=load_critic(trained, 16))
     batch = labels.batch(4, np.random.default_rng(0), CPU, 0.0)
-    terms = []
-    for change in (0.0, 1.0 - batch.masks, batch.masks):
+    face = torch.zeros_like(batch.masks)
+    face[..., 4:12, 4:12] = 1
+    batch, terms = dataclasses.replace(batch, masks=face), []
+    for change in (0.0, 1.0 - face, face):
         torch.manual_seed(0)
         trainer.predict = lambda noisy, timestep, batch, change=change: (noisy + change, torch.zeros(4, 1, 16, 16))
         terms.append(float(trainer.losses(batch)["identity"]))
