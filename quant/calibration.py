@@ -12,14 +12,12 @@ from PIL import Image
 
 from caphuman_edge.export.attributes import PHRASES, captions
 from caphuman_edge.quant.recipe import DENOISER
+from caphuman_edge.quant.strangers import nobody
 from caphuman_edge.runtime.backends import Arrays, Graph
 from caphuman_edge.runtime.bundle import Bundle
 from caphuman_edge.runtime.contract import HELD_OUT_SEEDS
 from caphuman_edge.runtime.errors import BadInput, FaceError
-from caphuman_edge.runtime.head import HeadCode
 from caphuman_edge.runtime.image import load_photo
-from caphuman_edge.runtime.perceive import Subject
-from caphuman_edge.runtime.perception import FaceLandmarks
 from caphuman_edge.runtime.pipeline import Pipeline
 
 Photo = UInt8[np.ndarray, "h w 3"]
@@ -90,7 +88,7 @@ def drawn_photos(count: int) -> Iterator[Photo]:
     with Pipeline(Bundle.open()) as pipe:
         rng = np.random.default_rng(SEED)
         for number in range(DRAWN_TRIES * count):
-            *_, last = pipe.generate(_nobody(pipe, rng), prompt=_prompt(rng), seed=number)
+            *_, last = pipe.generate(nobody(pipe, rng), prompt=_prompt(rng), seed=number)
             yield last.image.pixels
 
 
@@ -112,16 +110,6 @@ class _Recorder(Pipeline):
                 self.count += 1
             return graph.run(arrays)
         return run
-
-
-def _nobody(pipe: Pipeline, rng: np.random.Generator) -> Subject:
-    """The mean head with features drawn at random."""
-    size, width = pipe.bundle.config.vision.image_size, pipe.bundle.config.identity_width
-    identity = rng.normal(size=width).astype(np.float32)
-    crop = np.zeros((3, size, size), np.float32)
-    face = FaceLandmarks(np.zeros((478, 3), np.float32), 1.0, np.zeros(52, np.float32))
-    return Subject(np.zeros((64, 64, 3), np.uint8), face, HeadCode.neutral(pipe.head_model.layout),
-                   identity / np.linalg.norm(identity), crop)
 
 
 def _prompt(rng: np.random.Generator) -> str:

@@ -36,10 +36,10 @@ def _portrait(pipe: Pipeline, number: int) -> np.ndarray:
     """(h, w, 3) uint8, with a face that can be found again."""
     yaw, pitch = POSES[number % len(POSES)]
     for seed in range(number * TRIES, (number + 1) * TRIES):
-        nobody = _nobody(pipe, seed)
-        head = nobody.head.moved(y=RAISED, scale=ENLARGED).posed(yaw=yaw, pitch=pitch)
+        subject = nobody(pipe, np.random.default_rng([SEED, seed]))
+        head = subject.head.moved(y=RAISED, scale=ENLARGED).posed(yaw=yaw, pitch=pitch)
         prompt = prompt_of({"hair": HAIR[seed % len(HAIR)], "background": "grey", "glasses": "no", "light": "front"})
-        *_, last = pipe.generate(nobody, head, prompt=prompt, seed=seed)
+        *_, last = pipe.generate(subject, head, prompt=prompt, seed=seed)
         picture = last.image.pixels
         try:
             pipe.perceive(picture, face=1)
@@ -49,12 +49,11 @@ def _portrait(pipe: Pipeline, number: int) -> np.ndarray:
     raise FaceError(f"the embedded bundle drew no face in {TRIES} portraits; name a folder of photos instead")
 
 
-def _nobody(pipe: Pipeline, seed: int) -> Subject:
+def nobody(pipe: Pipeline, rng: np.random.Generator) -> Subject:
     """The mean head with features drawn at random."""
-    rng, config = np.random.default_rng([SEED, seed]), pipe.bundle.config
-    identity = rng.normal(size=config.identity_width).astype(np.float32)
+    config = pipe.bundle.config
+    size, identity = config.vision.image_size, rng.normal(size=config.identity_width).astype(np.float32)
     face = FaceLandmarks(np.zeros((478, 3), np.float32), 1.0, np.zeros(52, np.float32))
-    size = config.vision.image_size
     return Subject(np.zeros((64, 64, 3), np.uint8), face, HeadCode.neutral(pipe.head_model.layout),
                    identity / np.linalg.norm(identity), np.zeros((3, size, size), np.float32))
 
