@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from caphuman_edge.ref.checkpoints import load_strictly
 from caphuman_edge.ref.training.labels import Labels
 from caphuman_edge.ref.training.muon import optimizers
-from caphuman_edge.ref.training.run import Plan, Run, guarded
+from caphuman_edge.ref.training.run import Plan, Run, guarded, warmup
 from caphuman_edge.ref.training.weights import read_metadata, read_weights
 from caphuman_edge.runtime.contract import NANO
 from caphuman_edge.runtime.errors import CheckpointError
@@ -31,6 +31,7 @@ KEPT_OUT = 12  # every twelfth person
 SHIFT = 1  # cells, at STAGE_CELLS
 LEAST_CONTRAST = 0.6  # of a softened latent, about the mean of all
 MOST_NOISE = 0.3
+LINE_UP = 32  # among how many people a picture has to be told
 
 
 def main() -> None:
@@ -43,10 +44,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="AdamW's")
     parser.add_argument("--muon-rate", type=float, default=0.02)
-    parser.add_argument("--decay-steps", type=int, default=2_000, help="over which the rates fall to a twentieth")
+    parser.add_argument("--decay-steps", type=int, default=2_000,
+                        help="over which the rates fall to a twentieth; 0: over the minutes")
     options = parser.parse_args()
     plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=options.learning_rate,
-                decay_steps=options.decay_steps, warmup=min(100, options.decay_steps // 20))
+                decay_steps=options.decay_steps, warmup=warmup(options.decay_steps, 100))
     people = People(Labels(options.labels, options.edge))
     torch.manual_seed(plan.seed)
     critic = Critic(people.latents.shape[-1])
@@ -95,7 +97,7 @@ class People:
     def __init__(self, labels: Labels):
         seeds, self.person = np.unique([int(name[:5]) for name in labels.names], return_inverse=True)
         self.latents, self.step = labels.latents, labels.step
-        self.identities, self.others = torch.from_numpy(labels.identities), labels.others
+        self.identities, self.others = labels.identities, labels.others
         sums = torch.zeros(len(seeds), self.identities.shape[1])
         self.vectors = F.normalize(sums.index_add(0, torch.from_numpy(self.person), self.identities), dim=1)
         self.kept_out = seeds[self.person] % KEPT_OUT == 0  # (n,) per picture
@@ -103,7 +105,7 @@ class People:
 
     def read(self, pictures: np.ndarray, variants: np.ndarray) -> Tensor:
         """(b, 4, h, w) scaled latents."""
-        return torch.from_numpy(self.latents[pictures, variants] * np.float32(self.step))
+        return self.latents[torch.from_numpy(pictures), torch.from_numpy(variants)] * self.step
 
     def batch(self, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Softened latents of random pictures, and whose they are (an index into `vectors`)."""
@@ -137,9 +139,15 @@ def losses(critic: Critic, latents: Tensor, person: Tensor, vectors: Tensor) -> 
 
 
 def unlikeness(critic: Critic, latents: Tensor, identities: Tensor) -> Tensor:
-    """(b,) how hard it is to tell which of the batch's identities each latent shows: its cross-entropy, in nats."""
-    which = torch.arange(len(latents), device=latents.device)
-    return F.cross_entropy(critic(latents) @ identities.T / TEMPERATURE, which, reduction="none")
+    """() how hard it is to tell which of its line-up's identities each latent shows: mean cross-entropy, in nats.
+
+    A line-up is every k-th of the batch, at most `LINE_UP`: pictures of one person, neighbours in a batch, stand apart,
+    and the loss means the same whatever the batch's size.
+    """
+    read, groups = critic(latents), -(-len(latents) // LINE_UP)
+    return torch.cat([F.cross_entropy(read[i::groups] @ identities[i::groups].T / TEMPERATURE,
+                                      torch.arange(len(read[i::groups]), device=read.device), reduction="none")
+                      for i in range(groups)]).mean()
 
 
 def load_critic(folder: Path, cells: int) -> Critic:

@@ -30,7 +30,7 @@ from caphuman_edge.ref.training.critic import Critic, load_critic, unlikeness
 from caphuman_edge.ref.training.labels import Batch, Labels, batches_ahead
 from caphuman_edge.ref.training.muon import optimizers
 from caphuman_edge.ref.training.nano import FACE_WEIGHT, TEXT_DROPOUT
-from caphuman_edge.ref.training.run import Plan, Run, guarded, mixed_precision
+from caphuman_edge.ref.training.run import Plan, Run, fastest_device, guarded, mixed_precision, warmup
 from caphuman_edge.ref.training.weights import read_metadata, read_weights
 from caphuman_edge.runtime.contract import NANO, Config, VaeConfig
 from caphuman_edge.runtime.errors import BadInput, CheckpointError
@@ -47,11 +47,11 @@ def main() -> None:
     options = _options()
     if not 0 <= options.target_decay < 1:
         raise BadInput(f"target-decay is {options.target_decay}, expected 0 to below 1; 0 takes the student itself")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    labels = Labels(options.labels, options.edge)
+    device = fastest_device()
+    labels = Labels(options.labels, options.edge, device)
     plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=options.learning_rate,
                 decay_steps=options.decay_steps, ema=options.target_decay,
-                warmup=max(1, min(100, options.decay_steps // 20)))
+                warmup=warmup(options.decay_steps, 100))
     lesson = Lesson(options.kind, options.guidance, options.identity_guidance, options.steps)
     critic = load_critic(options.critic, labels.latents.shape[-1]) if options.critic else None
     teacher = load_teacher(options.teacher, labels.vae).to(device, memory_format=torch.channels_last)
@@ -62,10 +62,10 @@ def main() -> None:
     run.start_from(options.start_from or options.teacher)
     rng = np.random.default_rng(plan.seed + run.step)
     torch.manual_seed(plan.seed + run.step)
-    distiller = Distiller(lesson, teacher, student, run.average.module, torch.from_numpy(labels.empty_caption),
+    distiller = Distiller(lesson, teacher, student, run.average.module, labels.empty_caption,
                           Consistency(options.kind, options.steps, options.skip, device), critic)
     # some captions are empty: a student has to draw without a prompt, too
-    batches = batches_ahead(lambda: labels.batch(plan.batch, rng, device, TEXT_DROPOUT))
+    batches = batches_ahead(lambda: labels.batch(plan.batch, rng, TEXT_DROPOUT))
     run.train(lambda step: distiller.losses(next(batches)))
 
 
@@ -90,7 +90,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="AdamW's")
     parser.add_argument("--muon-rate", type=float, default=3e-3)
-    parser.add_argument("--decay-steps", type=int, default=20_000, help="over which the rates fall to a twentieth")
+    parser.add_argument("--decay-steps", type=int, default=20_000,
+                        help="over which the rates fall to a twentieth; 0: over the minutes")
     return parser.parse_args()
 
 
@@ -211,7 +212,7 @@ class Distiller:
         terms = {"loss": weighted.mean(), "distance": error.square().mean().sqrt()}
         if self.critic:
             shown = torch.lerp(batch.latents, clean, batch.masks)  # the face alone, as in nano
-            terms["identity"] = unlikeness(self.critic, shown, batch.identities).mean()
+            terms["identity"] = unlikeness(self.critic, shown, batch.identities)
             terms["loss"] = terms["loss"] + IDENTITY_WEIGHT * terms["identity"]
         return terms
 

@@ -33,9 +33,10 @@ class Batch:
 
 
 class Labels:
-    """A label folder in memory (maps stay memory-mapped), with latents of pictures of one size."""
+    """A label folder, with latents of pictures of one size. On a CPU the maps stay memory-mapped."""
 
-    def __init__(self, folder: Path, edge: int):
+    def __init__(self, folder: Path, edge: int, device: torch.device | None = None):
+        """`device`: where batches are put together. Raises CheckpointError for labels that do not belong together."""
         with np.load(folder / "labels.npz") as labels, np.load(folder / f"latents-{edge}.npz") as latents:
             if not np.array_equal(labels["names"], latents["names"]):
                 raise CheckpointError(f"{folder}: latents-{edge}.npz belongs to other labels; "
@@ -43,52 +44,63 @@ class Labels:
             if min(int(name[:5]) for name in labels["names"]) < HELD_OUT_SEEDS:
                 raise CheckpointError(f"{folder} holds seeds below {HELD_OUT_SEEDS}, which are never trained on; "
                                       "run `export.labels measure` again")
-            self.latents, self.step = latents["latents"], float(latents["step"])  # (n, variants, 4, h, w) int8 codes
-            self.mirrored = latents["mirrored"]  # (n, variants)
-            self.captions = latents["captions"].astype(np.int64)  # (n, variants, wordings, 77)
+            self.names, self.step, self.mirrored = labels["names"], float(latents["step"]), latents["mirrored"]
             self.vae = VaeConfig.from_json(json.loads(str(latents["config"])))  # with the latents' own scale
-            self.names, self.identities = labels["names"], labels["identities"].astype(np.float32)
             masks = np.unpackbits(labels["masks"], axis=-1).astype(np.float32)[:, None]
-            shrink = masks.shape[-1] // self.latents.shape[-1]
-            self.masks = (_shrunk(masks, shrink) >= 0.5).astype(np.float32)  # (n, 1, h, w)
-            self.empty_caption = labels["empty_caption"].astype(np.int64)
-            self.crops = _decode_jpegs(labels["crops"], labels["crop_ends"])
-        self.maps = _maps(folder, shrink)
+            shrink = masks.shape[-1] // latents["latents"].shape[-1]
+            arrays = {
+                "latents": latents["latents"],  # (n, variants, 4, h, w) int8 codes
+                "captions": latents["captions"].astype(np.int64),  # (n, variants, wordings, 77)
+                "identities": labels["identities"].astype(np.float32),
+                "masks": (_shrunk(masks, shrink) >= 0.5).astype(np.float32),  # (n, 1, h, w)
+                "empty_caption": labels["empty_caption"].astype(np.int64),
+                "crops": _decode_jpegs(labels["crops"], labels["crop_ends"])}
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        self.latents, self.captions, self.identities = (tensors[n] for n in ("latents", "captions", "identities"))
+        self.masks, self.empty_caption, self.crops = (tensors[n] for n in ("masks", "empty_caption", "crops"))
+        self.maps = torch.from_numpy(_maps(folder, shrink)).to(device)  # (n, 9, H, W) float16
         self.others = _others_of_same_identity(self.names)
 
     @property
     def words(self) -> Tensor:
         """The token ids that occur in captions, start and end included."""
-        return torch.from_numpy(np.unique(np.concatenate([self.captions.ravel(), self.empty_caption])))
+        return torch.cat([self.captions.flatten(), self.empty_caption]).unique().cpu()
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def batch(self, size: int, rng: np.random.Generator, device: torch.device, text_dropout: float) -> Batch:
+    def batch(self, size: int, rng: np.random.Generator, text_dropout: float) -> Batch:
         """Random variants of random targets, each with a reference from another picture of the same identity.
 
         An identity seen in one picture only is its own reference, mirrored, so that no pixel can be copied across.
         """
-        targets, variants = rng.integers(len(self), size=size), rng.integers(self.latents.shape[1], size=size)
+        targets = np.sort(rng.integers(len(self), size=size))  # neighbours in the memory map are read together
+        variants = rng.integers(self.latents.shape[1], size=size)
         flipped = self.mirrored[targets, variants]
         references = np.array([rng.choice(self.others[i]) if len(self.others[i]) else i for i in targets])
-        crops = self.crops[references]
         turned = np.where(references == targets, ~flipped, rng.random(size) < 0.5)
-        crops[turned] = crops[turned, :, ::-1]
-        captions = self.captions[targets, variants, rng.integers(self.captions.shape[2], size=size)]
-        captions[rng.random(size) < text_dropout] = self.empty_caption
-        maps, masks = self._head(targets, flipped)
-        arrays = (self.latents[targets, variants] * np.float32(self.step), maps, masks, normalise(crops),
-                  self.identities[references], captions)
-        return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
+        wordings, silent = rng.integers(self.captions.shape[2], size=size), rng.random(size) < text_dropout
+        target, variant, reference, wording = (self._index(a) for a in (targets, variants, references, wordings))
+        captions = torch.where(self._each(silent, 2), self.empty_caption, self.captions[target, variant, wording])
+        maps, masks = self._head(target, flipped)
+        crops = self.crops[reference]
+        crops = torch.where(self._each(turned, 4), crops.flip(2), crops)
+        return Batch(self.latents[target, variant] * self.step, maps, masks, normalise(crops),
+                     self.identities[reference], captions)
 
-    def _head(self, targets: np.ndarray, flipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _head(self, target: Tensor, flipped: np.ndarray) -> tuple[Tensor, Tensor]:
         """Maps and masks of the targets; a mirrored head's normals point the other way."""
-        order = np.argsort(targets)  # neighbours in the memory map are read together
-        maps, masks = self.maps[targets[order]][np.argsort(order)].astype(np.float32), self.masks[targets]
-        maps[flipped], masks[flipped] = maps[flipped, :, :, ::-1], masks[flipped, :, :, ::-1]
-        maps[flipped, 0] *= -1
-        return maps, masks
+        maps, masks, mirrored = self.maps[target].float(), self.masks[target], self._each(flipped, 4)
+        across = maps.flip(3)
+        across[:, 0] *= -1
+        return torch.where(mirrored, across, maps), torch.where(mirrored, masks.flip(3), masks)
+
+    def _index(self, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers).to(self.latents.device)
+
+    def _each(self, flags: np.ndarray, dimensions: int) -> Tensor:
+        """(b,) flags as a tensor of that many dimensions."""
+        return self._index(flags).view(-1, *(dimensions - 1) * [1])
 
 
 def batches_ahead(make: Callable[[], Batch]) -> Iterator[Batch]:
@@ -107,18 +119,19 @@ def _shrunk(planes: np.ndarray, factor: int) -> np.ndarray:
     return np.ascontiguousarray(squares.mean(axis=(3, 5)))
 
 
-def normalise(crops: np.ndarray) -> np.ndarray:
+def normalise(crops: Tensor) -> Tensor:
     """(b, s, s, 3) uint8 to (b, 3, s, s) float32 with CLIP's mean and standard deviation."""
-    scaled = (crops.astype(np.float32) / 255 - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
-    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+    mean, deviation = (torch.tensor(values, dtype=torch.float32, device=crops.device)
+                       for values in (IMAGE_MEAN, IMAGE_STD))
+    return ((crops.float() / 255 - mean) / deviation).permute(0, 3, 1, 2).contiguous()
 
 
 def _maps(folder: Path, shrink: int) -> np.ndarray:
     """All maps, memory-mapped; smaller ones are kept in a file of their own, made on first use."""
-    full = np.load(folder / "maps.npy", mmap_mode="r")
+    full = np.load(folder / "maps.npy", mmap_mode="c")
     path = folder / f"maps-{full.shape[-1] // shrink}.npy"
     if shrink == 1 or path.exists():
-        return full if shrink == 1 else np.load(path, mmap_mode="r")
+        return full if shrink == 1 else np.load(path, mmap_mode="c")
     part = path.with_suffix(".part.npy")
     small = np.lib.format.open_memmap(part, "w+", full.dtype, (*full.shape[:2], *(n // shrink for n in full.shape[2:])))
     for start in range(0, len(full), 64):

@@ -23,7 +23,7 @@ from caphuman_edge.ref.sampler import alphas_cumprod
 from caphuman_edge.ref.training.critic import Critic, load_critic, unlikeness
 from caphuman_edge.ref.training.labels import Batch, Labels, batches_ahead
 from caphuman_edge.ref.training.muon import optimizers
-from caphuman_edge.ref.training.run import Plan, Run, guarded, mixed_precision
+from caphuman_edge.ref.training.run import Plan, Run, fastest_device, guarded, mixed_precision, warmup
 from caphuman_edge.runtime.contract import NANO, Config
 
 MASK_WEIGHT = 0.1
@@ -34,6 +34,8 @@ IDENTITY_DROPOUT = 0.1  # as tau drops it in early steps
 IMAGE_DROPOUT = 0.25  # more often only the image tokens are dropped, so that the identity vector has to be heard
 IDENTITY_LOUDNESS = 4.0  # how much larger the identity token starts than an image token: it is one among dozens
 MASK_BIAS = 2.0  # the gate begins open
+IDENTITY_NOISE = 0.25  # length, beside a unit vector; two photos of one person differ by three times as much
+CROP_TURN, CROP_SHIFT = 0.1, 0.08  # at most: radians; shares of half the crop's edge
 
 
 def main() -> None:
@@ -49,14 +51,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="AdamW's")
     parser.add_argument("--muon-rate", type=float, default=0.01)
-    parser.add_argument("--decay-steps", type=int, default=20_000, help="over which the rates fall to a twentieth")
+    parser.add_argument("--decay-steps", type=int, default=20_000,
+                        help="over which the rates fall to a twentieth; 0: over the minutes")
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser")
     options = parser.parse_args()
-    labels = Labels(options.labels, options.edge)
+    device = fastest_device()
+    labels = Labels(options.labels, options.edge, device)
     config = dataclasses.replace(NANO, vae=labels.vae)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = Plan(minutes=options.minutes, batch=options.batch, learning_rate=options.learning_rate,
-                decay_steps=options.decay_steps, warmup=min(200, options.decay_steps // 20))
+                decay_steps=options.decay_steps, warmup=warmup(options.decay_steps, 200))
     torch.manual_seed(plan.seed)
     critic = load_critic(options.critic, labels.latents.shape[-1]) if options.critic else None
     trainer = Trainer(config, labels.words, device, options.compile, critic)
@@ -66,7 +69,7 @@ def main() -> None:
         run.start_from(options.start_from)
     rng = np.random.default_rng(plan.seed + run.step)
     torch.manual_seed(plan.seed + run.step)
-    batches = batches_ahead(lambda: labels.batch(plan.batch, rng, device, TEXT_DROPOUT))
+    batches = batches_ahead(lambda: labels.batch(plan.batch, rng, TEXT_DROPOUT))
     run.train(lambda step: trainer.losses(next(batches)))
 
 
@@ -103,7 +106,7 @@ class Trainer:
         if self.critic:
             clean = (noisy - (1 - alpha_bar).sqrt() * eps.float()) / alpha_bar.sqrt()
             shown = torch.lerp(batch.latents, clean, batch.masks)  # hair and surroundings are the prompt's to say
-            terms["identity"] = unlikeness(self.critic, shown, batch.identities).mean()
+            terms["identity"] = unlikeness(self.critic, shown, batch.identities)
             terms["loss"] = terms["loss"] + IDENTITY_WEIGHT * terms["identity"]
         return terms
 
@@ -111,7 +114,7 @@ class Trainer:
         model, control = self.model, self.model.control_model
         hint = control.encode_hint(batch.maps)
         logit = control.mask_predict[0](hint)
-        tokens = model.face_tokens(model.image_encoder(batch.crops), batch.identities)
+        tokens = model.face_tokens(model.image_encoder(shaken(batch.crops)), blurred(batch.identities))
         chance = torch.rand(len(tokens), 1, 1, device=tokens.device)
         kept = (chance >= IDENTITY_DROPOUT + IMAGE_DROPOUT).repeat(1, tokens.shape[1], 1)
         kept[:, -1:] = chance >= IDENTITY_DROPOUT  # the last token is the identity vector's
@@ -119,6 +122,22 @@ class Trainer:
         face = FaceCondition(tokens * kept, hint, gates)
         text = model.text_encoder(batch.captions)
         return model(noisy, timestep, text, [face]), logit
+
+
+def blurred(identities: Tensor) -> Tensor:
+    """(b, d) unit vectors a little beside the given ones, so that a picture cannot be learnt by heart from them."""
+    noise = torch.randn_like(identities) * IDENTITY_NOISE / identities.shape[1]**0.5
+    return F.normalize(identities + noise, dim=1)
+
+
+def shaken(crops: Tensor) -> Tensor:
+    """(b, 3, s, s) crops each turned, scaled and shifted a little at random; the edge goes on outside."""
+    turn, grow, right, down = (2 * torch.rand(4, len(crops), device=crops.device) - 1) * torch.tensor(
+        [[CROP_TURN], [CROP_SHIFT], [CROP_SHIFT], [CROP_SHIFT]], device=crops.device)
+    cosine, sine = turn.cos() / (1 + grow), turn.sin() / (1 + grow)
+    places = torch.stack([torch.stack([cosine, -sine, right], dim=1), torch.stack([sine, cosine, down], dim=1)], dim=1)
+    grid = F.affine_grid(places, list(crops.shape), align_corners=False)
+    return F.grid_sample(crops, grid, padding_mode="border", align_corners=False)
 
 
 def _start_vocabulary(table: Tensor, words: Tensor) -> None:

@@ -30,14 +30,14 @@ class Plan:
     batch: int = 16
     learning_rate: float = 5e-4  # of AdamW; other optimisers keep their own, and all follow `factor`
     warmup: int = 200  # steps
-    decay_steps: int = 20_000  # cosine decay to a twentieth over this many steps
+    decay_steps: int = 20_000  # cosine decay to a twentieth over this many steps; 0: over the minutes
     ema: float = 0.998  # decay of the moving average, reached step by step
     seed: int = 0
     save_every: float = 120.0  # seconds
 
-    def factor(self, step: int) -> float:
-        """Share of the learning rate at a step: linear warm-up, then cosine decay to a twentieth."""
-        progress = min(1.0, step / self.decay_steps)
+    def factor(self, step: int, minutes: float) -> float:
+        """Share of the learning rate at a step, `minutes` after the start: warm-up, then a cosine to a twentieth."""
+        progress = min(1.0, step / self.decay_steps if self.decay_steps else minutes / self.minutes)
         return min(1.0, (step + 1) / self.warmup) * (0.525 + 0.475 * math.cos(math.pi * progress))
 
 
@@ -51,8 +51,9 @@ class Run:
         self.optimizers = list(optimizers) or [
             torch.optim.AdamW(model.parameters(), plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)]
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self.average = AveragedModel(model, multi_avg_fn=_moving_average(plan.ema))
-        self.step = self.samples = 0
+        self.average = AveragedModel(model, multi_avg_fn=self._follow)
+        self.step = self.samples = self.first_step = 0
+        self.started = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "state.pt").exists():
             self._resume()
@@ -87,7 +88,7 @@ class Run:
 
     def update(self, loss: Tensor) -> None:
         """One optimiser step down this loss."""
-        factor = self.plan.factor(self.step)
+        factor = self.plan.factor(self.step, (time.monotonic() - self.started) / 60)
         self.model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -120,6 +121,13 @@ class Run:
             log.write(json.dumps(line) + "\n")
         print(line, file=sys.stderr, flush=True)
 
+    def _follow(self, averages: list[Tensor], weights: list[Tensor], _count: Tensor) -> None:
+        """An exponential moving average that forgets its start: what was untrained would blur a short run's weights.
+
+        It goes by the run's own count: torch's lives on the device, and reading it would wait for the whole step.
+        """
+        torch._foreach_lerp_(averages, weights, 1 - min(self.plan.ema, (1 + self.step) / (10 + self.step)))
+
     def _resume(self) -> None:
         state = torch.load(self.folder / "state.pt", map_location=next(self.model.parameters()).device)
         self.model.load_state_dict(state["model"])
@@ -129,13 +137,18 @@ class Run:
         self.step, self.samples = state["step"], state["samples"]
 
 
-def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
-    """An exponential moving average that forgets its start: what was untrained would blur a short run's weights."""
+def warmup(decay_steps: int, most: int) -> int:
+    """Steps until the rates are full: a twentieth of the decay's, but no more than `most`."""
+    return max(1, min(most, decay_steps // 20)) if decay_steps else most
 
-    def update(averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
-        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
 
-    return update
+def fastest_device() -> torch.device:
+    """CUDA where there is one, its matrix units allowed for float32; else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    return torch.device("cuda")
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager[Any]:

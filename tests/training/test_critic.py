@@ -102,7 +102,19 @@ def test_a_trained_critic_tells_whose_latents_they_are(trained, labels, narrow):
     pictures = np.arange(0, 40, 2)
     latents, identities = people.read(pictures, np.zeros_like(pictures)), people.identities[pictures]
     right, wrong = unlikeness(critic, latents, identities), unlikeness(critic, latents, identities.roll(1, 0))
-    assert right.shape == (20,) and right.mean() < wrong.mean() - 1
+    assert right < wrong - 1
+
+
+def test_a_large_batch_is_several_line_ups(trained, labels, narrow, monkeypatch):
+    """So that the loss means the same whatever the batch; pictures of one person, side by side, stand apart."""
+    people, critic = People(labels), load_critic(trained, 16)
+    pictures = np.arange(16)
+    latents, identities = people.read(pictures, np.zeros_like(pictures)), people.identities[pictures]
+    whole = unlikeness(critic, latents, identities)
+    monkeypatch.setattr(module, "LINE_UP", 8)
+    apart = [unlikeness(critic, latents[i::2], identities[i::2]) for i in range(2)]
+    halved = unlikeness(critic, latents, identities)
+    assert float(halved) == pytest.approx(float(sum(apart)) / 2) and halved < whole
 
 
 def test_the_loss_falls_along_its_gradient(trained, labels, narrow):
@@ -114,7 +126,7 @@ def test_the_loss_falls_along_its_gradient(trained, labels, narrow):
     values = []
     for _ in range(20):
         optimizer.zero_grad()
-        loss = unlikeness(critic, drawn, people.identities[pictures]).mean()
+        loss = unlikeness(critic, drawn, people.identities[pictures])
         loss.backward()
         optimizer.step()
         values.append(float(loss.detach()))
@@ -122,7 +134,7 @@ def test_the_loss_falls_along_its_gradient(trained, labels, narrow):
 
 
 def test_a_critic_adds_its_term_and_no_critic_changes_nothing(trained, labels, narrow):
-    batch = labels.batch(4, np.random.default_rng(0), CPU, 0.0)
+    batch = labels.batch(4, np.random.default_rng(0), 0.0)
     plain, judged = (_losses(labels, batch, critic) for critic in (None, load_critic(trained, 16)))
     assert "identity" not in plain
     added = float(judged["loss"] - plain["loss"])
@@ -134,7 +146,7 @@ def test_the_term_reads_the_picture_that_eps_implies(trained, labels, narrow):
     """With a perfect eps it is the critic's judgement of the target itself, at every timestep."""
     critic = load_critic(trained, 16)
     trainer = nano.Trainer(NANO, labels.words, CPU, compiled=False, critic=critic)
-    batch = labels.batch(4, np.random.default_rng(0), CPU, 0.0)
+    batch = labels.batch(4, np.random.default_rng(0), 0.0)
     batch = dataclasses.replace(batch, masks=torch.ones_like(batch.masks))
 
     def perfect(noisy, timestep, batch):
@@ -142,14 +154,14 @@ def test_the_term_reads_the_picture_that_eps_implies(trained, labels, narrow):
         return (noisy - alpha_bar.sqrt() * batch.latents) / (1 - alpha_bar).sqrt(), torch.zeros(4, 1, 16, 16)
 
     trainer.predict = perfect
-    expected = unlikeness(critic, batch.latents, batch.identities).mean()
+    expected = unlikeness(critic, batch.latents, batch.identities)
     assert float(trainer.losses(batch)["identity"]) == pytest.approx(float(expected), rel=1e-2)
 
 
 def test_the_term_judges_the_face_alone(trained, labels, narrow):
     """Hair and surroundings are the prompt's to say: what eps implies there changes nothing."""
     trainer = nano.Trainer(NANO, labels.words, CPU, compiled=False, critic=load_critic(trained, 16))
-    batch = labels.batch(4, np.random.default_rng(0), CPU, 0.0)
+    batch = labels.batch(4, np.random.default_rng(0), 0.0)
     face = torch.zeros_like(batch.masks)
     face[..., 4:12, 4:12] = 1
     batch, terms = dataclasses.replace(batch, masks=face), []
@@ -165,7 +177,7 @@ def test_training_leaves_the_critic_as_it_is(trained, labels, tmp_path, narrow):
     before = [value.clone() for value in critic.state_dict().values()]
     trainer = nano.Trainer(NANO, labels.words, CPU, compiled=False, critic=critic)
     run = Run(tmp_path, trainer.model, Plan(minutes=1), {}, optimizers(trainer.model, 1e-3, 0.01))
-    loss = trainer.losses(labels.batch(2, np.random.default_rng(0), CPU, 0.0))["loss"]
+    loss = trainer.losses(labels.batch(2, np.random.default_rng(0), 0.0))["loss"]
     run.update(loss)
     assert all(torch.equal(a, b) for a, b in zip(before, critic.state_dict().values(), strict=True))
     assert not any(name.startswith("critic") for name in run.model.state_dict())

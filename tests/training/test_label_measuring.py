@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from caphuman_edge.export import attributes, labels, repaint
@@ -50,7 +51,7 @@ def test_a_written_pack_holds_what_was_measured(tmp_path):
 
 def test_a_crop_survives_the_pack_as_the_image_encoder_reads_it():
     blob = np.frombuffer(measured("00300", [1, 0]).crop, np.uint8)
-    crop = normalise(_decode_jpegs(blob, np.array([len(blob)])))
+    crop = normalise(torch.from_numpy(_decode_jpegs(blob, np.array([len(blob)])))).numpy()
     white = (1 - CLIP_MEAN) / CLIP_STD
     np.testing.assert_allclose(crop[0].mean(axis=(1, 2)), white, atol=0.02)
 

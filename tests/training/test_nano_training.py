@@ -11,7 +11,7 @@ from PIL import Image
 from caphuman_edge.ref.training import nano
 from caphuman_edge.ref.training.labels import Labels, batches_ahead
 from caphuman_edge.ref.training.muon import Muon, optimizers, orthogonal
-from caphuman_edge.ref.training.run import Plan, Run
+from caphuman_edge.ref.training.run import Plan, Run, warmup
 from caphuman_edge.ref.training.vae import read_pictures
 from caphuman_edge.ref.training.weights import load_vae, read_metadata, read_weights, weight_files, write_weights
 from caphuman_edge.runtime.contract import NANO
@@ -50,20 +50,20 @@ def test_references_are_other_pictures_of_the_same_identity(labels):
 
 
 def test_a_batch_pairs_targets_with_references(labels):
-    batch = labels.batch(8, np.random.default_rng(1), torch.device("cpu"), text_dropout=0.0)
-    apart = np.abs(labels.latents * labels.step - batch.latents[0].numpy()).sum(axis=(2, 3, 4))
-    target, variant = np.unravel_index(np.argmin(apart), apart.shape)
-    maps, _ = labels._head(np.array([target]), labels.mirrored[[target], [variant]])
-    assert np.allclose(batch.maps[0], maps[0], atol=1e-3)
-    assert any(np.array_equal(batch.captions[0], told) for told in labels.captions[target, variant])
-    reference = int(np.argmin(np.abs(labels.identities - batch.identities[0].numpy()).sum(axis=1)))
+    batch = labels.batch(8, np.random.default_rng(1), text_dropout=0.0)
+    apart = (labels.latents * labels.step - batch.latents[0]).abs().sum(dim=(2, 3, 4))
+    target, variant = np.unravel_index(int(apart.argmin()), apart.shape)
+    maps, _ = labels._head(torch.tensor([target]), labels.mirrored[[target], [variant]])
+    assert torch.allclose(batch.maps[0], maps[0], atol=1e-3)
+    assert any(torch.equal(batch.captions[0], told) for told in labels.captions[target, variant])
+    reference = int((labels.identities - batch.identities[0]).abs().sum(dim=1).argmin())
     assert reference in labels.others[target] or (reference == target and not len(labels.others[target]))
 
 
 def test_a_mirrored_target_comes_with_the_mirrored_head(labels):
     (maps, flipped), (masks, flipped_masks) = (
-        torch.from_numpy(np.concatenate(arrays)) for arrays in zip(
-            *(labels._head(np.array([2]), np.array([turned])) for turned in (False, True)), strict=True))
+        torch.cat(tensors) for tensors in zip(
+            *(labels._head(torch.tensor([2]), np.array([turned])) for turned in (False, True)), strict=True))
     normals_x = torch.tensor([-1.0] + 8 * [1.0])[:, None, None]
     assert torch.equal(flipped, maps.flip(2) * normals_x) and not torch.equal(flipped, maps)
     assert torch.equal(flipped_masks, masks.flip(2))
@@ -84,18 +84,19 @@ def test_the_average_of_a_short_run_has_forgotten_its_start(tmp_path):
     torch.nn.init.zeros_(model.weight)
     for _ in range(200):
         run.average.update_parameters(model)
+        run.step += 1
     assert abs(float(run.average.module.weight)) < 1e-3
 
 
 def test_small_pictures_come_with_maps_and_masks_of_their_size(folder):
-    batch = Labels(folder, 128).batch(3, np.random.default_rng(1), torch.device("cpu"), text_dropout=0.0)
+    batch = Labels(folder, 128).batch(3, np.random.default_rng(1), text_dropout=0.0)
     assert (batch.latents.shape, batch.maps.shape, batch.masks.shape) == ((3, 4, 16, 16), (3, 9, 128, 128),
                                                                            (3, 1, 16, 16))
     assert set(batch.masks.unique().tolist()) == {0, 1}
 
 
 def test_text_dropout_one_leaves_only_empty_captions(labels):
-    batch = labels.batch(4, np.random.default_rng(1), torch.device("cpu"), text_dropout=1.0)
+    batch = labels.batch(4, np.random.default_rng(1), text_dropout=1.0)
     assert (batch.captions == 49407).all()
 
 
@@ -137,7 +138,7 @@ def test_words_of_no_caption_keep_zero_embeddings(labels, tmp_path):
 
 def test_a_fresh_text_encoder_tells_prompts_apart(labels):
     encoder = nano.Trainer(NANO, labels.words, torch.device("cpu"), compiled=False).model.text_encoder
-    first, second = encoder(torch.from_numpy(labels.captions[0, 0, :2]))
+    first, second = encoder(labels.captions[0, 0, :2])
     assert (first - second).std() > 0.5 * first.std()
 
 
@@ -207,7 +208,7 @@ def test_hidden_matrices_go_to_muon_and_all_parameters_to_one_optimiser(labels):
 def test_a_mistake_about_the_picture_costs_the_same_at_every_timestep(labels):
     """The loss is v's: with eps off by sqrt(alpha_bar) everywhere it is 1."""
     trainer = nano.Trainer(NANO, labels.words, torch.device("cpu"), compiled=False)
-    batch = labels.batch(4, np.random.default_rng(0), torch.device("cpu"), 0.0)
+    batch = labels.batch(4, np.random.default_rng(0), 0.0)
 
     def off_by_one_v(noisy, timestep, batch):
         alpha_bar = trainer.alphas_cumprod[timestep][:, None, None, None]
@@ -218,6 +219,27 @@ def test_a_mistake_about_the_picture_costs_the_same_at_every_timestep(labels):
     assert float(trainer.losses(batch)["v"]) == pytest.approx(1, abs=1e-3)
 
 
+def test_references_are_learnt_from_a_little_beside_themselves():
+    torch.manual_seed(0)
+    identities = torch.nn.functional.normalize(torch.randn(64, 128), dim=1)
+    near = nano.blurred(identities)
+    cosines = (near * identities).sum(dim=1)
+    assert torch.allclose(near.norm(dim=1), torch.ones(64)) and cosines.min() > 0.93 and cosines.max() < 0.995
+    crops = torch.zeros(64, 3, 56, 56)
+    crops[:, :, 26:30, 26:30] = 1
+    moved = nano.shaken(crops)
+    middles = (moved.sum(dim=(1, 3)) @ torch.arange(56.0)) / moved.sum(dim=(1, 2, 3))
+    assert 1 < middles.std() < 2 and abs(middles.mean() - 27.5) < 0.5  # 0.08 of half 56 either way, evenly
+    assert torch.allclose(nano.shaken(torch.ones(2, 3, 56, 56)), torch.ones(2, 3, 56, 56))  # the white goes on
+
+
+def test_rates_fall_by_steps_or_by_the_clock():
+    by_steps, by_clock = Plan(minutes=10.0, warmup=1, decay_steps=100), Plan(minutes=10.0, warmup=1, decay_steps=0)
+    assert [by_steps.factor(step, 0.0) for step in (0, 50, 100, 200)] == pytest.approx([1, 0.525, 0.05, 0.05])
+    assert [by_clock.factor(0, minutes) for minutes in (0.0, 5.0, 10.0, 20.0)] == pytest.approx([1, 0.525, 0.05, 0.05])
+    assert (warmup(1000, 100), warmup(10, 100), warmup(0, 100)) == (50, 1, 100)
+
+
 def _run(labels, folder, steps):
     torch.manual_seed(0)
     trainer = nano.Trainer(NANO, labels.words, torch.device("cpu"), compiled=False)
@@ -225,7 +247,7 @@ def _run(labels, folder, steps):
               optimizers(trainer.model, 1e-3, 0.01))
     rng = np.random.default_rng(run.step)
     for _ in range(steps):
-        run.update(trainer.losses(labels.batch(2, rng, torch.device("cpu"), nano.TEXT_DROPOUT))["loss"])
+        run.update(trainer.losses(labels.batch(2, rng, nano.TEXT_DROPOUT))["loss"])
     run.save()
     return run
 
