@@ -69,7 +69,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--format", type=_formats, default=("onnx",), metavar="F,..", dest="formats",
                        help=f"one or several of {', '.join(FORMATS)}; ort is ONNX Runtime Mobile's (default: onnx)")
     group.add_argument("--precision", choices=("f16", "f32", "int8"), default="f16",
-                       help="of the stored weights; for Core ML of its arithmetic, too. int8 is for onnx and openvino: "
+                       help="of the stored weights; for Core ML of its arithmetic, too. int8 is for all but ort: "
                        "what 'caphuman quantize' makes of an f16 bundle (default: f16)")
     group.add_argument("--photos", type=Path, nargs="+", default=[], metavar="PATH", help="photos of faces, or folders "
                        "of them, to calibrate int8 with (default: portraits that the embedded miniature draws)")

@@ -111,7 +111,7 @@ def _convert(module: nn.Module, spec: GraphSpec, package: Path, stored: str, opt
     ct = coremltools()
     half = options.precision == "f16" and spec.name not in ALWAYS_FLOAT
     precision = ct.transform.FP16ComputePrecision(op_selector=_may_be_half) if half else ct.precision.FLOAT32
-    with _quiet(), _quick_collections():
+    with quiet(), _quick_collections():
         program = _program(module, spec)
         try:
             ct.convert(
@@ -177,8 +177,8 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The library draws progress bars on stderr, and both it and torch warn of their own deprecations."""
+def quiet() -> Iterator[None]:
+    """No progress bars, which the library draws on stderr, and no warnings of its own deprecations and torch's."""
     with (open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere),
           warnings.catch_warnings(action="ignore")):
         yield

@@ -18,14 +18,16 @@ import numpy as np
 import onnx_ir as ir
 
 from caphuman_edge.export.assemble import link_file
+from caphuman_edge.export.coreml_writer import SUFFIX
 from caphuman_edge.export.check import Case, check_cases, load_cases, save_cases
 from caphuman_edge.export.onnx_writer import WEIGHTS, save
-from caphuman_edge.export.parts import Facts, Part, Parts
-from caphuman_edge.export.stages import OPENVINO_FILE, RUN_BY
+from caphuman_edge.export.parts import FACTS, Facts, Part, Parts
+from caphuman_edge.export.stages import COREML_FILE, OPENVINO_FILE, RUN_BY
 from caphuman_edge.quant import calibration, histogram, ranges, rewrite
 from caphuman_edge.quant.calibration import drawn_photos, photos_in, record, recorded
+from caphuman_edge.quant.coreml_int8 import packages_at, rewrite_package
 from caphuman_edge.quant.graph_reader import read_graph
-from caphuman_edge.quant.int8_cases import denoiser_cases, halved, stored_case
+from caphuman_edge.quant.int8_cases import denoiser_cases, halved, single, stored_case
 from caphuman_edge.quant.int8_command import PORTRAITS
 from caphuman_edge.quant.ranges import grids, load_histograms, observe, save_histograms
 from caphuman_edge.quant.recipe import DENOISER, FOLDER, Recipe, read_recipe
@@ -33,10 +35,11 @@ from caphuman_edge.quant.rewrite import layers_of, quantize_model
 from caphuman_edge.runtime.backends import Graph, open_backend
 from caphuman_edge.runtime.bundle import Bundle, check_target, new_bundle, record_files, write_manifest
 from caphuman_edge.runtime.cache import sha256_of
+from caphuman_edge.runtime.contract import graphs
 from caphuman_edge.runtime.errors import BundleError
 from caphuman_edge.runtime.manifest import DATA, Form
 
-FORMATS = ("onnx", "openvino")  # that have a recipe; other forms of a graph stay as they are
+FORMATS = ("onnx", "openvino", "coreml")  # that have a recipe; other forms of a graph stay as they are
 INT8, NAMELESS = "int8", "val_"
 SELFTEST = "selftest"
 FLOOR_DB = 20.0  # least PSNR of any output on real calls; a graph that computes something else has less than 10
@@ -152,11 +155,15 @@ class _Maker:
             return self._answers(subject, folder)
         if stage == "onnx":
             return self._rewrite(self.plan.folders()[subject], folder, self.plan.recipes["onnx"])
+        if stage == "coreml":
+            return self._coreml(subject, folder)
         return self._openvino(subject, folder) if stage == "openvino" else self._check(stage, subject, folder)
 
     def file(self, kind: str, graph: str) -> Path:
-        """A finished graph's file."""
-        if kind != "onnx":
+        """A finished graph's file, or of Core ML the package, or the folder of its chunks."""
+        if kind == "coreml":
+            return self._like(self.done[f"{kind}/{graph}"].folder, self.plan.bundle.file(graph, kind))
+        if kind == "openvino":
             return self.done[f"{kind}/{graph}"].folder / OPENVINO_FILE
         path = PurePosixPath(self.plan.forms[kind, graph].path)
         return self.done[f"onnx/{path.parent}"].folder / path.name
@@ -207,14 +214,38 @@ class _Maker:
         shutil.rmtree(scratch)
         return counts
 
+    def _coreml(self, graph: str, folder: Path) -> Facts:
+        recipe, counts = self.plan.recipes["coreml"], dict[str, Any]()
+        found = grids(load_histograms(self.done["ranges"].folder / "histograms.npz"), recipe.clip, affine=False)
+        names = [layer.name for layer in layers_of(ir.load(self.plan.onnx(graph)).graph)]
+        for package in packages_at(self.plan.bundle.file(graph, "coreml")):
+            counts |= {package.name: rewrite_package(package, folder / package.name, names,
+                                                     partial(recipe.treatment, graph), found)}
+        return counts
+
     def _check(self, stage: str, graph: str, folder: Path) -> Facts:
         kind = stage.removesuffix(" check")
         path = self.file(kind, graph)
+        if kind == "coreml":
+            return self._check_coreml(graph, path)
         network = open_backend(RUN_BY[kind]).load(path, threads=self.threads, precision="f32",
                                                   cache_dir=folder / "compiled")
         found = check_cases(str(path), network, self.cases(graph), FLOOR_DB)
         shutil.rmtree(folder / "compiled", ignore_errors=True)
         return found
+
+    def _check_coreml(self, graph: str, path: Path) -> Facts:
+        """By the MIL evaluator, and on a Mac by Core ML, too: packages take batches of one."""
+        from caphuman_edge.export.coreml_check import check_packages
+
+        spec = graphs(self.plan.bundle.config)[graph]
+        whole = path if path.suffix == SUFFIX else path / COREML_FILE
+        return check_packages(whole, spec, [single(case, spec) for case in self.cases(graph)], FLOOR_DB)
+
+    @staticmethod
+    def _like(made: Path, form: Path) -> Path:
+        """Where a part holds what the float bundle has as `form`."""
+        return made / form.name if form.suffix == SUFFIX else made
 
     def _load(self, graph: str) -> Graph:
         return self.plan.bundle.graph(graph, threads=self.threads)
@@ -246,9 +277,13 @@ def _publish(bundle: Bundle, maker: _Maker, folder: Path) -> None:
 
 def _link_made(made: Path, form: Form, folder: Path) -> list[str]:
     """Link a new graph and its weights to where the old ones lay; returns their paths in the bundle."""
-    place = PurePosixPath(form.path).parent
-    files = [file for file in (made, made.with_name(WEIGHTS), made.with_suffix(".bin")) if file.exists()]
-    paths = {str(place / file.name): file for file in files}
+    place = PurePosixPath(form.path)
+    if made.is_dir():  # Core ML's
+        paths = {str(place / file.relative_to(made)): file for file in sorted(made.rglob("*"))
+                 if file.is_file() and file.name != FACTS}
+    else:
+        files = [file for file in (made, made.with_name(WEIGHTS), made.with_suffix(".bin")) if file.exists()]
+        paths = {str(place.parent / file.name): file for file in files}
     for path, file in paths.items():
         if not (folder / path).exists():
             link_file(file, folder / path)

@@ -8,6 +8,7 @@ import numpy as np
 from caphuman_edge.export.check import Case
 from caphuman_edge.quant.calibration import recorded
 from caphuman_edge.runtime.backends import Arrays, Graph
+from caphuman_edge.runtime.contract import GraphSpec
 from caphuman_edge.runtime.denoise import Conditions, Denoiser
 from caphuman_edge.runtime.machine import FUSED, SPLIT
 
@@ -33,6 +34,14 @@ def stored_case(selftest: Path, graph: str, network: Graph) -> Case:
     with np.load(selftest, allow_pickle=False) as rows:
         inputs = {spec.name: rows[f"{graph}/in/{spec.name}"].astype(spec.dtype) for spec in network.inputs}
     return Case(inputs, network(inputs))
+
+
+def single(case: Case, spec: GraphSpec) -> Case:
+    """The first of a batch, as packages of fixed shapes take it; rows do not depend on each other."""
+    batched = {tensor.name for tensor in (*spec.inputs, *spec.outputs) if "batch" in tensor.shape[:1]}
+    inputs, outputs = ({name: array[:1] if name in batched else array for name, array in arrays.items()}
+                       for arrays in (case.inputs, case.outputs))
+    return Case(inputs, outputs)
 
 
 def halved(array: np.ndarray) -> np.ndarray:

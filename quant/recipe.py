@@ -21,7 +21,8 @@ FORMAT = 1
 FOLDER = Path(__file__).parent / "recipes"  # of those that we found on the miniature
 DENOISER = (*FUSED, *SPLIT)  # graphs that share their rules
 MAX_BYTES = 1 << 20
-Treatment = Literal["float", "weights", "int8"]  # as it is; int8 weights; int8 weights and activations
+Treatment = Literal["float", "weights", "int8",  # as it is; int8 weights; int8 weights and activations
+                    "palette-4", "palette-6", "palette-8"]  # bits an index into a table of weights: Core ML alone
 Rule = tuple[Treatment, str]  # and a pattern of names
 
 
@@ -54,6 +55,11 @@ class Recipe:
 
     def _of(self, graph: str) -> tuple[Rule, ...]:
         return self.rules.get(FUSED[0] if graph in DENOISER else graph, ())
+
+
+def palette_bits(treatment: Treatment) -> int:
+    """Bits of an index into a palette; 0 for what is none."""
+    return int(treatment.removeprefix("palette-")) if treatment.startswith("palette-") else 0
 
 
 def read_recipe(path: Path) -> Recipe:
