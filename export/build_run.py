@@ -57,8 +57,9 @@ def _build_int8(args: argparse.Namespace) -> None:
     home = args.out.with_name(f".{args.out.name}.float")
     kept = [home] if (home / MANIFEST).is_file() else []  # of a build that was stopped
     _build(argparse.Namespace(**{
-        **vars(args), "precision": "f16", "palettise_bits": None, "out": home, "overwrite": True, "like": [*args.like, *kept],
-        "name": args.name or args.out.absolute().name, "formats": tuple(dict.fromkeys(("onnx", *args.formats)))}))
+        **vars(args), "precision": "f16", "palettise_bits": None, "out": home, "overwrite": True,
+        "like": [*args.like, *kept], "name": args.name or args.out.absolute().name,
+        "formats": tuple(dict.fromkeys(("onnx", *args.formats)))}))
     with _stoppable():
         quantizer.load()(home, args.out, args.photos, _say)
     shutil.rmtree(home)

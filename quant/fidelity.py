@@ -76,6 +76,11 @@ class Findings:
         """Whether a limit is not met."""
         return any(not verdict.met for candidate in self.candidates for verdict in candidate.verdicts)
 
+    @property
+    def refuted(self) -> list[Verdict]:
+        """Limits that are not met even at the better end of their intervals: what few triples can say for sure."""
+        return [verdict for candidate in self.candidates for verdict in candidate.verdicts if verdict.refuted]
+
 
 @dataclass(frozen=True)
 class Judging:

@@ -29,6 +29,7 @@ class Verdict:
     limit: float
     found: Estimate  # what is lost, or what there is
     met: bool  # by the estimate itself, whatever its interval
+    refuted: bool  # not even met at the better end of the interval
 
 
 def limits_of(column: Column, reference: Column) -> dict[str, float]:
@@ -50,13 +51,16 @@ def _verdicts(title: str, limits: Mapping[str, float], measures: Mapping[str, Co
     if IDENTITY in limits:
         for name in (name for name in OWN.values() if name in measures):
             lost = _negative(measures[name].difference)
-            yield Verdict(title, f"loss of {name}", limits[IDENTITY], lost, lost.value <= limits[IDENTITY])
+            yield Verdict(title, f"loss of {name}", limits[IDENTITY], lost, lost.value <= limits[IDENTITY],
+                          lost.low > limits[IDENTITY])
     if POSE_LOSS in limits:
         lost = measures[POSE].difference
-        yield Verdict(title, f"growth of {POSE}, degrees", limits[POSE_LOSS], lost, lost.value <= limits[POSE_LOSS])
+        yield Verdict(title, f"growth of {POSE}, degrees", limits[POSE_LOSS], lost,
+                      lost.value <= limits[POSE_LOSS], lost.low > limits[POSE_LOSS])
     if LEAST_SSIM in limits:
         alike = likeness[SSIM]
-        yield Verdict(title, f"{SSIM} at least", limits[LEAST_SSIM], alike, alike.value >= limits[LEAST_SSIM])
+        yield Verdict(title, f"{SSIM} at least", limits[LEAST_SSIM], alike, alike.value >= limits[LEAST_SSIM],
+                      alike.high < limits[LEAST_SSIM])
 
 
 def _negative(number: Estimate) -> Estimate:

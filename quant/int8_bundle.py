@@ -18,8 +18,8 @@ import numpy as np
 import onnx_ir as ir
 
 from caphuman_edge.export.assemble import link_file
-from caphuman_edge.export.coreml_writer import SUFFIX
 from caphuman_edge.export.check import Case, check_cases, load_cases, save_cases
+from caphuman_edge.export.coreml_writer import SUFFIX
 from caphuman_edge.export.onnx_writer import WEIGHTS, save
 from caphuman_edge.export.parts import FACTS, Facts, Part, Parts
 from caphuman_edge.export.stages import COREML_FILE, OPENVINO_FILE, RUN_BY
@@ -60,11 +60,13 @@ def default_recipes() -> dict[str, Recipe]:
 
 
 def quantize(source: Path, out: Path, recipes: Mapping[str, Recipe], data: Calibration = Calibration(),
-             threads: int | None = None, report: Report = lambda line: None) -> None:
+             threads: int | None = None, report: Report = lambda line: None,
+             accept: Callable[[Path], None] = lambda folder: None) -> None:
     """Write the int8 bundle at `out`, replacing an older one whole; `report` gets a line a part.
 
-    Raises BundleError for a bundle that is int8 already, that has no ONNX graphs or whose layers have no names, and
-    where a graph computes something else than the float one.
+    `accept` gets the finished bundle's folder before it takes its place, and raises where it must not; the parts are
+    kept then. Raises BundleError for a bundle that is int8 already, that has no ONNX graphs or whose layers have no
+    names, and where a graph computes something else than the float one.
     """
     bundle = Bundle.open(source)
     check_target(out, overwrite=True)
@@ -75,6 +77,7 @@ def quantize(source: Path, out: Path, recipes: Mapping[str, Recipe], data: Calib
         maker.done[name] = parts.make(name, partial(maker.make, name))
     with new_bundle(out, overwrite=True) as folder:
         _publish(bundle, maker, folder)
+        accept(folder)
     parts.clear()
 
 

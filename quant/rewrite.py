@@ -11,13 +11,15 @@ are stored as uint8, 128 above, since of int8 pairs ONNX Runtime on x86 converts
 """
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import onnx_ir as ir
 from jaxtyping import Float32, Int8
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from caphuman_edge.quant.recipe import Treatment
+from caphuman_edge.export.palette import palettise
+from caphuman_edge.quant.recipe import Treatment, palette_bits
 
 LEVELS = 127  # of the weights to each side of zero
 SMALLEST = 1e-20  # that a channel's largest weight counts as
@@ -79,17 +81,20 @@ def quantize_model(model: ir.Model, treatment_of: Callable[[str], Treatment], gr
                    round_outputs: bool) -> dict[Treatment, int]:
     """Rewrite the model in place; returns how many layers were treated how. `grids`: of those treated as "int8".
 
+    A palette's values are stored as floats: that measures what they lose, and saves nothing but in Core ML.
     `round_outputs`: of convolutions, without which ONNX Runtime computes them in float.
     """
     pairs = _Pairs(model.graph)
-    counts: dict[Treatment, int] = {"float": 0, "weights": 0, "int8": 0}
+    counts = dict.fromkeys(get_args(Treatment), 0)
     for layer in layers_of(model.graph):
         treatment = treatment_of(layer.name)
         counts[treatment] += 1
-        if treatment != "float":
+        if bits := palette_bits(treatment):
+            layer.node.replace_input_with(1, pairs.palette(layer, bits))
+        elif treatment != "float":
             _quantize(layer, pairs, grids[layer.name] if treatment == "int8" else None, round_outputs)
     RemoveUnusedNodesPass()(model)  # weights in float, and casts to it
-    return counts
+    return {treatment: count for treatment, count in counts.items() if count}
 
 
 def weight_scales(weight: Float32[np.ndarray, "..."], axis: int) -> Float32[np.ndarray, "n"]:
@@ -142,6 +147,12 @@ class _Pairs:
         source = _reader(value)
         stored = ir.LazyTensor(numbers, dtype=ir.DataType.INT8, shape=ir.Shape(_shape(value)), name=name)
         return self._dequantized(self._constant(name, stored), scales, layer.node, layer.axis)
+
+    def palette(self, layer: Layer, bits: int) -> ir.Value:
+        """A layer's weight of values of a palette alone."""
+        weight = layer.weight()
+        values, places = palettise(weight, bits)
+        return self._constant(f"{layer.name}.palette", ir.tensor(values[places].reshape(weight.shape)))
 
     def bias(self, layer: Layer, bias: Float32[np.ndarray, "n"], scales: Float32[np.ndarray, "n"]) -> ir.Value:
         """A layer's bias in the numbers that its sums are in."""

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from caphuman_edge.quant.calibration import photos_in, record, recorded
 from caphuman_edge.quant.ranges import Histograms, grids, load_histograms, observe, open_session, save_histograms
-from caphuman_edge.quant.recipe import Recipe, read_recipe
+from caphuman_edge.quant.recipe import Recipe, Treatment, read_recipe
 from caphuman_edge.quant.rewrite import layers_of, quantize_model
 from caphuman_edge.runtime.backends import Arrays
 from caphuman_edge.runtime.bundle import Bundle
@@ -42,16 +42,21 @@ class Probe:
     def __init__(self, path: Path, cases: Sequence[Arrays], histograms: Histograms, recipe: Recipe,
                  threads: int | None = None):
         self.path, self.cases, self.recipe, self.threads = path, cases, recipe, threads
-        self.names = [layer.name for layer in layers_of(ir.load(path).graph)
-                      if recipe.treatment(GRAPH, layer.name) != "float"]
+        self.sizes = {layer.name: layer.weight().size for layer in layers_of(ir.load(path).graph)
+                      if recipe.treatment(GRAPH, layer.name) != "float"}
+        self.names = list(self.sizes)
         self.grids = grids(histograms, recipe.clip, recipe.affine)
         self.expected = self._eps(ir.load(path))
 
     def error(self, treated: Iterable[str]) -> float:
         """RMS of the error of eps in units of its own RMS; over the calls the root of the mean square."""
-        model, treated = ir.load(self.path), set(treated)
-        quantize_model(model, lambda name: self.recipe.treatment(GRAPH, name) if name in treated else "float",
-                       self.grids, self.recipe.round_outputs)
+        treated = set(treated)
+        return self.error_of(lambda name: self.recipe.treatment(GRAPH, name) if name in treated else "float")
+
+    def error_of(self, treatment_of: Callable[[str], Treatment]) -> float:
+        """The same, each layer treated so."""
+        model = ir.load(self.path)
+        quantize_model(model, treatment_of, self.grids, self.recipe.round_outputs)
         squares = [((found - wanted) ** 2).mean() / (wanted**2).mean()
                    for found, wanted in zip(self._eps(model), self.expected, strict=True)]
         return float(np.sqrt(np.mean(squares)))
@@ -112,34 +117,49 @@ def block_of(name: str) -> str:
 def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--recipe", type=Path, required=True, help="what to start from: onnx.json or openvino.json")
+    args = parser.parse_args()
+    recipe, bundle = read_recipe(args.recipe), Bundle.open(args.bundle)
+    probe = open_probe(bundle, recipe, args)
+    kept, note = open_notes(args.work / f"errors-{args.recipe.stem}.json")
+    errors = unit_errors(probe, kept, note)
+    units, error = search(probe, errors, args.budget, note)
+    told = measured_on(bundle, probe, args, error)
+    (args.work / args.recipe.name).write_text(with_floats(recipe, units, told).to_text())
+    return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a search for a recipe is told."""
     parser.add_argument("bundle", type=Path, help="a float bundle with the fused denoiser as ONNX")
     parser.add_argument("--photos", type=Path, nargs="+", required=True, help="photos of faces, or folders of them")
     parser.add_argument("--portraits", type=int, default=16, help="to calibrate on (default: %(default)s)")
     parser.add_argument("--calls", type=int, default=6, help="of the denoiser, to measure on (default: %(default)s)")
-    parser.add_argument("--recipe", type=Path, required=True, help="what to start from: onnx.json or openvino.json")
     parser.add_argument("--budget", type=float, default=0.04, help="of the error of eps (default: %(default)s)")
     parser.add_argument("--work", type=Path, required=True, help="folder for what was recorded, measured and found")
     parser.add_argument("--threads", type=int)
-    args = parser.parse_args()
-    recipe, bundle = read_recipe(args.recipe), Bundle.open(args.bundle)
-    probe = _probe(bundle, recipe, args)
-    errors_file = args.work / f"errors-{args.recipe.stem}.json"
-    kept = json.loads(errors_file.read_text()) if errors_file.exists() else {}
+
+
+def open_notes(file: Path) -> tuple[dict[str, float], Report]:
+    """Figures of before, and what prints a line and keeps the figures."""
+    kept: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
 
     def note(line: str) -> None:
-        errors_file.write_text(json.dumps(kept, indent=1))
+        file.write_text(json.dumps(kept, indent=1))
         print(line, file=sys.stderr, flush=True)
 
-    errors = unit_errors(probe, kept, note)
-    units, error = search(probe, errors, args.budget, note)
+    return kept, note
+
+
+def measured_on(bundle: Bundle, probe: Probe, args: argparse.Namespace, error: float) -> str:
+    """What a recipe says of where it comes from."""
     timesteps = sorted({int(case["timestep"][0]) for case in probe.cases})
-    measured_on = (f"{bundle.manifest.name} {bundle.digest[:12]}, {args.portraits} portraits, timesteps {timesteps}: "
-                   f"error of eps {error:.4f}, budget {args.budget:g}")
-    (args.work / args.recipe.name).write_text(with_floats(recipe, units, measured_on).to_text())
-    return 0
+    return (f"{bundle.manifest.name} {bundle.digest[:12]}, {args.portraits} portraits, timesteps {timesteps}: error of "
+            f"eps {error:.4f}, budget {args.budget:g}")
 
 
-def _probe(bundle: Bundle, recipe: Recipe, args: argparse.Namespace) -> Probe:
+def open_probe(bundle: Bundle, recipe: Recipe, args: argparse.Namespace) -> Probe:
     """Records and calibrates, unless that was done before."""
     path, samples, ranges = bundle.file(GRAPH, "onnx"), args.work / "samples", args.work / "ranges.npz"
     if not ranges.exists():

@@ -1,6 +1,7 @@
 """A whole bundle becomes int8 and runs so on both backends."""
 import dataclasses
 import json
+import shutil
 
 import onnx_ir as ir
 import onnxruntime
@@ -8,17 +9,22 @@ import pytest
 
 from caphuman_edge.export.assemble import perception_in
 from caphuman_edge.export.builder import Options, Sources, build
-from caphuman_edge.quant import int8_bundle
+from caphuman_edge.export.coreml_writer import write_coreml
+from caphuman_edge.export.graphs import SplitCapFace
+from caphuman_edge.quant import fidelity_limits, int8_bundle, int8_command
 from caphuman_edge.quant.int8_bundle import Calibration, default_recipes, quantize
 from caphuman_edge.ref.caphuman import CapHuman
-from caphuman_edge.runtime.bundle import EMBEDDED, Bundle
+from caphuman_edge.runtime.bundle import EMBEDDED, Bundle, new_bundle, record_files, write_manifest
 from caphuman_edge.runtime.cli import main
+from caphuman_edge.runtime.contract import graphs
 from caphuman_edge.runtime.errors import BundleError
 from caphuman_edge.runtime.machine import Machine
+from caphuman_edge.runtime.manifest import Form
 from caphuman_edge.runtime.schedule import Schedule
 from caphuman_edge.runtime.selftest import self_test
 
 openvino = pytest.importorskip("openvino")
+pytest.importorskip("coremltools")
 POSE = "pose_"  # the second ControlNet's weights
 DENOISER = ("denoiser", "capface", "unet")
 
@@ -29,10 +35,23 @@ def source(micro, tmp_path_factory):
     model = CapHuman(dataclasses.replace(micro.config, unet=dataclasses.replace(micro.config.unet, num_heads=2)))
     weights = micro.model.state_dict()
     model.load_state_dict({name: weights[name] for name in weights if not name.startswith(POSE)})
-    out = tmp_path_factory.mktemp("float") / "micro"
+    home = tmp_path_factory.mktemp("float")
     sources = Sources(perception_in(EMBEDDED), "micro", Schedule(steps=4), {"weights": "random"}, {}, "tests only")
-    build(model.requires_grad_(False), micro.preview, sources, out, Options(("onnx", "openvino")))
-    return out
+    build(model.requires_grad_(False), micro.preview, sources, home / "plain", Options(("onnx", "openvino")))
+    return with_coreml(Bundle.open(home / "plain"), SplitCapFace(model), home / "micro")
+
+
+def with_coreml(bundle, capface, target):
+    """The bundle with a Core ML package of one graph, and its folder."""
+    with new_bundle(target) as folder:
+        shutil.copytree(bundle.root, folder, dirs_exist_ok=True)
+        path, component = folder / "capface" / "model.mlpackage", bundle.component("capface")
+        precision = write_coreml(capface, graphs(bundle.config)["capface"], path)
+        form = Form(path.relative_to(folder).as_posix(), record_files(folder, [path]), precision)
+        changed = dataclasses.replace(component, forms={**component.forms, "coreml": form})
+        write_manifest(folder, dataclasses.replace(
+            bundle.manifest, name="micro", components={**bundle.manifest.components, "capface": changed}))
+    return target
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +130,26 @@ def test_what_is_int8_is_not_quantized_again(made, tmp_path, capsys):
     assert "is int8 already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_build_is_refused_where_portraits_lose_too_much_and_else_takes_its_place(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(int8_command, "GATED", 2)
+    strict = {"equal_schedule": {"ssim": 1.1}, "other_schedule": {}}
+    lines, out = [], tmp_path / "micro"
+    with monkeypatch.context() as patch:
+        patch.setattr(fidelity_limits, "limits_of", lambda *_: strict["equal_schedule"])
+        with pytest.raises(BundleError, match="int8 fails its limits: SSIM"):
+            int8_command.finish(source, out, [], lines.append)
+    assert not out.exists()
+    int8_command.finish(source, out, [], lines.append)
+    assert Bundle.open(out).component("denoiser").forms["onnx"].precision == "int8"
+    assert [path.name for path in tmp_path.iterdir()] == ["micro"]
+    assert any(line.startswith("gate: SSIM") for line in lines)
+
+
 def test_flags_that_do_not_go_together_are_refused_before_anything_is_read(tmp_path, capsys):
     build_command = ["build", "--random-weights", "nano", "--out", str(tmp_path / "new")]
-    assert main([*build_command, "--precision", "int8", "--format", "onnx,coreml"]) == 2
-    assert "--precision int8 is for onnx and openvino, but --format has coreml" in capsys.readouterr().err
+    assert main([*build_command, "--precision", "int8", "--format", "onnx,ort"]) == 2
+    assert "--precision int8 is for onnx, openvino and coreml, but --format has ort" in capsys.readouterr().err
     assert main([*build_command, "--photos", "me.jpg"]) == 2
     assert "--photos is what int8 is calibrated with" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

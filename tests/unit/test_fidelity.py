@@ -259,6 +259,21 @@ def test_a_figure_without_a_value_meets_no_limit():
     assert judged(same, reference, np.nan, np.nan, np.nan) == [False] * 4
 
 
+def test_a_limit_is_refuted_where_the_whole_interval_misses_it():
+    """What a gate of a few triples goes by."""
+    reference, *_, same, _ = columns(EMBEDDED, EMBEDDED, ["ort", "openvino"], ["own", "dpm++:8@4"])
+    none = Estimate(0.0, 0.0, 0.0)
+
+    def refuted(own, pose, alike):
+        rows = {name: Compared(none, none, own, 8) for name in OWN.values()} | {POSE: Compared(none, none, pose, 8)}
+        return [verdict.refuted for verdict in verdicts(same, reference, rows, {SSIM: alike})]
+
+    poor = Estimate(-0.05, -0.08, -0.02), Estimate(3.0, 1.5, 4.0), Estimate(0.8, 0.7, 0.85)
+    unsure = Estimate(-0.05, -0.08, 0.0), Estimate(3.0, 0.5, 4.0), Estimate(0.8, 0.7, 0.95)
+    assert refuted(*poor) == [True] * 4 and refuted(*unsure) == [False] * 4
+    assert refuted(*3 * [Estimate(np.nan, np.nan, np.nan)]) == [False] * 4  # random weights show no faces
+
+
 def test_a_bundle_may_carry_its_own_limits():
     own = {"equal_schedule": {"ssim": 0.5}, "other_schedule": {}}
     reference, candidate = columns(bundle_with(provenance={"fidelity_limits": own}), EMBEDDED, ["ort"], ["own"])
