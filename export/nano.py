@@ -24,9 +24,9 @@ from caphuman_edge.runtime.errors import CheckpointError
 from caphuman_edge.runtime.samplers import DISTILLED
 from caphuman_edge.runtime.schedule import TRAILING, Schedule
 
-# DPM-Solver++ draws in 10 steps as well as DDIM in 20, and prompts and likeness are both obeyed at these guidances: see
+# DPM-Solver++ draws in 10 steps as well as DDIM in 20, and prompts and likeness are both obeyed at this guidance: see
 # "Guidance" in benchmarks/RESULTS.md.
-SAMPLED = Schedule(kind="dpm++", steps=10, guidance=5.0, identity_guidance=3.0, timesteps=TRAILING)
+SAMPLED = Schedule(kind="dpm++", steps=10, guidance=3.0, identity_guidance=1.0, timesteps=TRAILING)
 STUDENT_STEPS = 4
 LICENCE_TEXT = """\
 The weights of this bundle's text_encoder, image_encoder, hint_encoder, denoiser, capface, unet, vae_encoder,

@@ -15,7 +15,8 @@ from caphuman_edge.quant.rewrite import quantize_model
 BLOCKS = {"unet.first": ("unet.first.0.weight", "unet.first.1.weight"), "unet.second": ("unet.second.weight",),
           "control.third": ("control.third.weight",)}
 SIZES = {"unet.first": 4000, "unet.second": 1000, "control.third": 1000}  # weights
-ALONE = {"unet.first": (0.001, 0.002, 0.008), "unet.second": (0.001, 0.010, 0.050), "control.third": (0.0, 0.001, 0.004)}
+ALONE = {"unet.first": (0.001, 0.002, 0.008), "unet.second": (0.001, 0.010, 0.050),
+         "control.third": (0.0, 0.001, 0.004)}
 LOUDER = 1.5  # errors of all together against their sum, so that the search has to go back
 
 
