@@ -284,7 +284,7 @@ def test_raw_maps_go_to_a_numpy_file_alone(refusal, photo, folder):
     (("--schedule", "lcm", "--steps", 51), "steps is 51, expected 1 to 50"),
     (("--schedule", "tcd", "--timesteps", "leading"), "no schedule 'tcd' with 'leading' timesteps"),
     (("--schedule", "dpm++", "--eta", 0.5), "eta is 0.5, but dpm++ has none"),
-    (("--timesteps", "trailing", "--steps", 1001), "steps is 1001, expected 1 to 1000"),
+    (("--schedule", "ddim", "--timesteps", "trailing", "--steps", 1001), "steps is 1001, expected 1 to 1000"),
     (("--schedule", "euler"), "--schedule"),
 ])
 def test_what_a_sampler_cannot_do_is_refused(generate_refused, photo, flags, match):
