@@ -52,14 +52,15 @@ def _build_int8(args: argparse.Namespace) -> None:
     if "ort" in args.formats:
         raise BadInput("--precision int8 is for onnx, openvino and coreml, but --format has ort; leave that out, or "
                        "build it on its own")
+    if args.phone:
+        raise BadInput("--phone stores weights as palettes of 6 bits, --precision int8 as int8; choose one of the two")
     (quantizer,) = entry_points(group=PRECISIONS, name=INT8)
     check_target(args.out, args.overwrite)
     home = args.out.with_name(f".{args.out.name}.float")
     kept = [home] if (home / MANIFEST).is_file() else []  # of a build that was stopped
     _build(argparse.Namespace(**{
-        **vars(args), "precision": "f16", "palettise_bits": None, "out": home, "overwrite": True,
-        "like": [*args.like, *kept], "name": args.name or args.out.absolute().name,
-        "formats": tuple(dict.fromkeys(("onnx", *args.formats)))}))
+        **vars(args), "precision": "f16", "out": home, "overwrite": True, "like": [*args.like, *kept],
+        "name": args.name or args.out.absolute().name, "formats": tuple(dict.fromkeys(("onnx", *args.formats)))}))
     with _stoppable():
         quantizer.load()(home, args.out, args.photos, _say)
     shutil.rmtree(home)
@@ -88,8 +89,6 @@ def _options(args: argparse.Namespace) -> Options:
         raise BadInput(f"--controlnet is {args.controlnet}, expected {RANDOM_CONTROLNET} with --random-weights and a "
                        "file or a folder without; change one of the two")
     coreml = dataclasses.replace(PHONE if args.phone else MAC, precision=args.precision)
-    if "palettise_bits" in args:  # of a float bundle that becomes int8
-        coreml = dataclasses.replace(coreml, palettise_bits=args.palettise_bits)
     return Options(args.formats, args.precision, args.denoiser != "split", args.denoiser != "fused", coreml,
                    control=args.controlnet is not None)
 

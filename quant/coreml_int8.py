@@ -16,6 +16,7 @@ from caphuman_edge.export.coreml_writer import SUFFIX, coremltools, quiet
 from caphuman_edge.export.palette import palettise
 from caphuman_edge.quant.recipe import Treatment, palette_bits
 from caphuman_edge.quant.rewrite import LEVELS, LayerGrids
+from caphuman_edge.runtime.errors import BundleError
 
 LAYERS = ("conv", "linear")
 CONSTANT, HALF = "p_{}", "_to_fp16"  # names of weights; the suffix is a cast's
@@ -42,7 +43,7 @@ def rewrite_package(source: Path, target: Path, names: Collection[str], treatmen
     """Write `source`, a package of halves or floats, to `target`, which must not be there; counts layers by treatment.
 
     `names`: the layers' parameters; others keep their weights. `grids`: of layers treated as "int8", symmetric ones.
-    `label`: what the new package says of its precision.
+    `label`: what the new package says of its precision. Raises BundleError where the package has none of the layers.
     """
     ct = coremltools()
     from coremltools.converters.mil.converter import mil_convert
@@ -52,6 +53,8 @@ def rewrite_package(source: Path, target: Path, names: Collection[str], treatmen
     spec.description.metadata.userDefined["caphuman.precision"] = label
     program = _program(spec, source)
     layers = layers_of(program, names)
+    if not layers:
+        raise BundleError(f"{source} has none of the layers of its ONNX form; build the bundle again")
     treatments = {layer.name: treatment_of(layer.name) for layer in layers}
     with quiet():
         mil_convert(

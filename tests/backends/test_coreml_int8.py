@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from torch import nn
 
-from caphuman_edge.export.coreml_writer import MAC, PHONE, write_coreml
+from caphuman_edge.export.coreml_writer import MAC, write_coreml
 from caphuman_edge.quant.recipe import palette_bits
 from caphuman_edge.quant.rewrite import Grid, LayerGrids
+from caphuman_edge.runtime.errors import BundleError
 from caphuman_edge.runtime.selftest import psnr_db
 
 ct = pytest.importorskip("coremltools")
@@ -111,12 +112,9 @@ def test_a_coarse_grid_is_a_coarse_answer(package, names, rewritten, answers, tm
                for name in coarse)
 
 
-def test_what_has_a_palette_already_stays(micro, names, tmp_path):
-    write_coreml(micro.modules["text_encoder"], micro.specs["text_encoder"], tmp_path / "phone.mlpackage", PHONE)
-    before = operations(tmp_path / "phone.mlpackage")
-    coreml_int8.rewrite_package(tmp_path / "phone.mlpackage", tmp_path / "again.mlpackage", names,
-                                lambda name: "weights", {})
-    assert operations(tmp_path / "again.mlpackage")["constexpr_lut_to_dense"] == before["constexpr_lut_to_dense"]
+def test_a_package_without_any_of_the_layers_is_refused(package, tmp_path):
+    with pytest.raises(BundleError, match="none of the layers"):
+        coreml_int8.rewrite_package(package, tmp_path / "other.mlpackage", ["unet.out.2.weight"], lambda _: "int8", {})
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="there Core ML would take part")

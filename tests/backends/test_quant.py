@@ -154,6 +154,8 @@ def test_flags_that_do_not_go_together_are_refused_before_anything_is_read(tmp_p
     build_command = ["build", "--random-weights", "nano", "--out", str(tmp_path / "new")]
     assert main([*build_command, "--precision", "int8", "--format", "onnx,ort"]) == 2
     assert "--precision int8 is for onnx, openvino and coreml, but --format has ort" in capsys.readouterr().err
+    assert main([*build_command, "--precision", "int8", "--format", "coreml", "--phone"]) == 2
+    assert "choose one of the two" in capsys.readouterr().err
     assert main([*build_command, "--photos", "me.jpg"]) == 2
     assert "--photos is what int8 is calibrated with" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
