@@ -138,7 +138,7 @@ def test_a_safety_check_may_turn_portraits_down(caphuman, refusal, photo, folder
 
 
 def test_an_interrupt_stops_within_one_step_and_leaves_no_picture(photo, folder):
-    words = ["generate", photo, "--steps", "200", "--preview", "so-far.png", "--out", "me.png", "--renderer", "numpy"]
+    words = ["generate", photo, "--steps", "50", "--preview", "so-far.png", "--out", "me.png", "--renderer", "numpy"]
     running = subprocess.Popen([sys.executable, "-c", "import sys; from caphuman_edge.runtime.cli import main; "
                                 "sys.exit(main())", *map(str, words)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
