@@ -22,7 +22,7 @@ from caphuman_edge.quant.sensitivity import (
     Report,
     Unit,
     add_arguments,
-    block_of,
+    blocks_of,
     measured_on,
     open_notes,
     open_probe,
@@ -97,8 +97,7 @@ def main() -> int:
     base, bundle = read_recipe(FOLDER / "coreml.json"), Bundle.open(args.bundle)
     probe = open_probe(bundle, base, args)
     kept, note = open_notes(args.work / "errors-palettes.json")
-    blocks = {label: tuple(name for name in probe.names if block_of(name) == label)
-              for label in dict.fromkeys(map(block_of, probe.names))}
+    blocks = blocks_of(probe.names)
 
     def error(block: str, palette: Treatment) -> float:
         label, unit = f"{palette} {block}", {*blocks[block]}

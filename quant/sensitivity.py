@@ -74,9 +74,7 @@ def unit_errors(probe: Probe, kept: dict[str, float], report: Report = lambda li
             report(f"{label}: {kept[label]:.5f}")
         return kept[label]
 
-    blocks = {label: tuple(name for name in probe.names if block_of(name) == label)
-              for label in dict.fromkeys(map(block_of, probe.names))}
-    found = {unit: measured(label, unit) for label, unit in blocks.items()}
+    found = {unit: measured(label, unit) for label, unit in blocks_of(probe.names).items()}
     least = REFINED * sum(error**2 for error in found.values())
     for unit in [unit for unit, error in found.items() if error**2 > least and len(unit) > 1]:
         del found[unit]
@@ -106,6 +104,12 @@ def with_floats(recipe: Recipe, units: Iterable[Unit], measured_on: str) -> Reci
     patterns = [unit[0] if len(unit) == 1 else f"{block_of(unit[0])}.*" for unit in units]
     rules = {**recipe.rules, GRAPH: (*(("float", pattern) for pattern in patterns), *recipe.rules[GRAPH])}
     return dataclasses.replace(recipe, rules=rules, measured_on=measured_on)
+
+
+def blocks_of(names: Sequence[str]) -> dict[str, Unit]:
+    """The layers of each block, in their order."""
+    return {label: tuple(name for name in names if block_of(name) == label)
+            for label in dict.fromkeys(map(block_of, names))}
 
 
 def block_of(name: str) -> str:
