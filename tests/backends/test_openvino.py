@@ -17,6 +17,7 @@ from caphuman_edge.runtime.selftest import psnr_db
 
 openvino = pytest.importorskip("openvino")
 GRAPHS = [name for name, part in Bundle.open().manifest.components.items() if part.inputs]
+ROUNDED = [name for name in GRAPHS if Bundle.open().component(name).forms["onnx"].precision == "int8"]
 
 
 @pytest.fixture(autouse=True)
@@ -64,15 +65,19 @@ def inputs_of(graph: Graph, selftest: dict[str, np.ndarray], name: str) -> dict[
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_every_graph_computes_what_onnx_runtime_computes(selftest, name):
-    graph, reference = (Machine(backend, threads=1).load(Bundle.open(), name) for backend in ("openvino", "ort"))
-    inputs = inputs_of(reference, selftest, name)
-    found, expected = graph(inputs), reference(inputs)
+    graph, other = (Machine(backend, threads=1).load(Bundle.open(), name) for backend in ("openvino", "ort"))
+    inputs = inputs_of(other, selftest, name)
+    found, expected = graph(inputs), other(inputs)
     assert {tensor: array.shape for tensor, array in found.items()} == {
         tensor: array.shape for tensor, array in expected.items()}
-    assert min(psnr_db(found[tensor], array) for tensor, array in expected.items()
-               if not tensor.startswith("gate_")) > 90
     for tensor in (tensor for tensor in expected if tensor.startswith("gate_")):
         assert (found[tensor] != expected[tensor]).mean() <= 0.001
+    numbers = [tensor for tensor in expected if not tensor.startswith("gate_")]
+    if name not in ROUNDED:
+        assert min(psnr_db(found[tensor], expected[tensor]) for tensor in numbers) > 90
+    for tensor in numbers if name in ROUNDED else ():  # the two round differently, each as well as the other
+        ours, theirs = (psnr_db(arrays[tensor], selftest[f"{name}/out/{tensor}"]) for arrays in (found, expected))
+        assert ours > theirs - 3, tensor
 
 
 def test_one_seed_is_one_portrait_on_both_backends(stranger):
