@@ -66,7 +66,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--like", type=Path, action="append", default=[], metavar="BUNDLE", help="a bundle of yours "
                        "whose graphs are kept where they would be made again as they are, such as all but the UNet's "
                        "for another backbone; files are shared by hard links; may be given several times")
-    group.add_argument("--format", type=_formats, default=("onnx",), metavar="F,..", dest="formats",
+    group.add_argument("--format", type=listed_formats, default=("onnx",), metavar="F,..", dest="formats",
                        help=f"one or several of {', '.join(FORMATS)}; ort is ONNX Runtime Mobile's (default: onnx)")
     group.add_argument("--precision", choices=("f16", "f32", "int8"), default="f16",
                        help="of the stored weights; for Core ML of its arithmetic, too. int8 is for all but ort: "
@@ -100,7 +100,8 @@ def _lora(value: str) -> tuple[Path, float]:
         return Path(value), 1.0
 
 
-def _formats(value: str) -> tuple[str, ...]:
+def listed_formats(value: str) -> tuple[str, ...]:
+    """The value of --format."""
     names = tuple(dict.fromkeys(value.split(",")))
     if unknown := [name for name in names if name not in FORMATS]:
         raise argparse.ArgumentTypeError(f"{', '.join(unknown) or repr(value)} is no format, expected some of "

@@ -13,14 +13,17 @@ import torch
 from torch.nn import functional as F
 
 from caphuman_edge.export.assemble import perception_in
+from caphuman_edge.export.build_command import listed_formats
 from caphuman_edge.export.builder import Sources, build
 from caphuman_edge.export.graphs import PreviewDecoder
 from caphuman_edge.export.preview import fit_preview
+from caphuman_edge.export.stages import Options
 from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.ref.training.weights import load_nano, read_metadata, weight_files
 from caphuman_edge.runtime.cache import sha256_of
 from caphuman_edge.runtime.cli import guarded
 from caphuman_edge.runtime.errors import CheckpointError
+from caphuman_edge.runtime.manifest import FORMATS
 from caphuman_edge.runtime.samplers import DISTILLED
 from caphuman_edge.runtime.schedule import TRAILING, Schedule
 
@@ -54,6 +57,8 @@ def main() -> int:
     parser.add_argument("--vae", type=Path, required=True, help="folder of a training.vae run")
     parser.add_argument("--labels", type=Path, required=True, help="label folder, for the preview decoder")
     parser.add_argument("--perception", type=Path, required=True, help="folder written by export.perception")
+    parser.add_argument("--format", type=listed_formats, default=("onnx",), metavar="F,..", dest="formats",
+                        help=f"one or several of {', '.join(FORMATS)} (default: onnx)")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     facts = read_metadata(options.weights)
@@ -67,7 +72,7 @@ def main() -> int:
         provenance["distilled"] = facts["distilled"]
     sources = Sources(perception_in(options.perception), "nano", schedule, provenance, LICENCES, LICENCE_TEXT)
     build(model, preview_from(model, options.labels), sources, options.out,
-          report=lambda line: print(line, file=sys.stderr))
+          Options(options.formats), report=lambda line: print(line, file=sys.stderr))
     return 0
 
 
