@@ -90,6 +90,7 @@ class Config:
     width: int = 512  # px
     identity_width: int = 512  # length of the face-recognition vector
     identity_size: int = 160  # px, edge of the face that it is made from: 160 is FaceNet's, 112 SFace's
+    tiny_channels: int = 64  # width of the fast decoder: 64 is TAESD's
     unet: UNetConfig = UNetConfig()
     text: TextConfig = TextConfig()
     vision: VisionConfig = VisionConfig()
@@ -126,7 +127,7 @@ TINY = Config(  # the golden vectors' nets
     vae=VaeConfig(channels=32),
 )
 NANO = Config(  # the embedded miniature
-    height=256, width=256, identity_width=128, identity_size=112,
+    height=256, width=256, identity_width=128, identity_size=112, tiny_channels=32,
     unet=UNetConfig(model_channels=32, channel_mult=(1, 2, 3, 4), attention_levels=(1, 2), num_heads=2,
                     norm_groups=8, context_width=64, hint_widths=(8, 16, 32, 64), prediction="v"),
     text=TextConfig(width=64, layers=2, heads=4),
@@ -262,6 +263,7 @@ def _vae_graphs(config: Config) -> list[GraphSpec]:
     return [
         GraphSpec("vae_encoder", (picture,), (TensorSpec("latent_parameters", (1, 2 * channels, rows, columns)),)),
         GraphSpec("vae_decoder", (latent,), (picture,)),
+        GraphSpec("tiny_decoder", (latent,), (picture,)),  # the same in a fraction of the time, and a little worse
         GraphSpec("preview_decoder", (latent,), (TensorSpec("sample", (1, 3, rows, columns)),)),
     ]
 

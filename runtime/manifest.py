@@ -81,7 +81,8 @@ def parse(text: str) -> Manifest:
         raise BundleError(f"bundle.json has format {data.get('format')!r}, expected {FORMAT}; {REBUILD}")
     fields = _record(data, "bundle.json", format=int, name=str, config=dict, schedule=dict, components=dict,
                      provenance=dict, licences=dict)
-    config = Config.from_json(_like(fields["config"], FULL.to_json(), "config"))
+    given = {"tiny_channels": FULL.tiny_channels, **fields["config"]}  # which bundles of before lack
+    config = Config.from_json(_like(given, FULL.to_json(), "config"))
     schedule = _schedule(fields["schedule"])
     components = {name: _component(data, f"components.{name}") for name, data in fields["components"].items()}
     _check_contract(config, components)

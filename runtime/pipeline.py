@@ -28,13 +28,15 @@ from .perception import InsightFace, Perception
 from .portrait import Step
 from .prompt import text_tokens
 from .render import Renderer, open_renderer
-from .request import Person, Settings, complete, sampling
+from .request import Person, Settings, complete, decoder_of, sampling
 from .samplers import DISTILLED, lay_out, sample
 from .schedule import SamplerStep
 from .tokenizer import Tokenizer
 
 HEAD_ENCODER = "head_encoder"  # DECA: of use to FLAME heads alone
 CONTROL = ("control_encoder", "controlnet")  # the graphs of a second control
+REMEDIES = {**dict.fromkeys(CONTROL, "build it with --controlnet"),  # where a bundle lacks a graph
+            "tiny_decoder": "leave --decoder out, or build it with --tiny-decoder"}
 Predictor = Callable[[Float32[np.ndarray, "1 c h w"], int], Float32[np.ndarray, "1 c h w"]]
 
 
@@ -149,10 +151,10 @@ class Pipeline:
         given = dataclasses.replace(settings or Settings(), **changes)  # type: ignore[arg-type]
         chosen = complete(given, self.bundle.schedule, canvas)
         self.machine.denoiser(self.bundle, people > 1 or control or chosen.enhancement != 0)
-        needed = [*(CONTROL if control else ()), *(["vae_encoder"] if canvas else [])]
+        needed = [*(CONTROL if control else ()), *(["vae_encoder"] if canvas else []), decoder_of(chosen)]
         if missing := [name for name in needed if name not in self.bundle]:
-            remedy = "with --controlnet" if missing[0] in CONTROL else "with this version"
-            raise BundleError(f"bundle {self.bundle.root} has no {missing[0]}, which this needs; build it {remedy}")
+            remedy = REMEDIES.get(missing[0], "build it with this version")
+            raise BundleError(f"bundle {self.bundle.root} has no {missing[0]}, which this needs; {remedy}")
         return chosen
 
     def landmarks(self, head: HeadCode) -> UInt8[np.ndarray, "h w 3"]:
@@ -179,7 +181,7 @@ class Pipeline:
               known: Known | None, settings: Settings, recipe: dict[str, Any], canvas: Canvas | None) -> Iterator[Step]:
         """Denoise from this latent on."""
         def picture(latent: Float32[np.ndarray, "1 c h w"]) -> UInt8[np.ndarray, "_ _ 3"]:
-            pixels = self.decode(latent, "vae_decoder")
+            pixels = self.decode(latent, decoder_of(settings))
             return canvas.finished(pixels) if canvas else pixels
 
         denoiser = self._denoiser(conditions)

@@ -28,6 +28,7 @@ OBJECTS: Kind = ("a list of objects", lambda value: isinstance(value, list) and 
 NEEDED = {"prompt": TEXT, "negative": TEXT, "seed": WHOLE, "steps": WHOLE, "guidance": NUMBER}
 OPTIONAL = {"identity_guidance": NUMBER, "strength": STRENGTH, "tau": WHOLE, "eta": NUMBER, "enhancement": NUMBER,
             "control_strength": STRENGTH, "denoise": NUMBER, "schedule": TEXT, "timesteps": TEXT,
+            "decoder": TEXT,
             "backend": TEXT, "device": NAME, "precision": NAME, "people": OBJECTS, "canvas": OBJECT,
             "control_sha256": HASH, "head": OBJECT, "controls": OBJECT, "head_sha256": HASH, "bundle": TEXT,
             "bundle_sha256": HASH, "made_with": TEXT}

@@ -14,6 +14,8 @@ from .samplers import ETAS, lay_out
 from .schedule import SPACINGS, Schedule
 
 REPAINT = 0.75  # how much of a canvas is drawn anew unless told
+KL, TINY = "kl", "tiny"
+DECODERS = {KL: "vae_decoder", TINY: "tiny_decoder"}  # by name: the graph that makes the picture
 RANGES = {"guidance": (0, 30), "identity_guidance": (0, 30), "tau": (0, 1000), "eta": (0, 1), "enhancement": (0, 2),
           "denoise": (0, 1), "seed": (0, 2**63 - 1)}
 
@@ -45,6 +47,7 @@ class Settings:
     denoise: float | None = None  # how much of a canvas is drawn anew, 0 to 1; None is 0.75, or 1 without a canvas
     schedule: str | None = None  # sampler: one of schedule.SCHEDULES
     timesteps: str | None = None  # leading or trailing; None is the bundle's, or for another schedule its usual one
+    decoder: str | None = None  # one of DECODERS: "kl", the autoencoder's own and the default, or the fast "tiny"
 
 
 def complete(settings: Settings, schedule: Schedule, canvas: bool = False) -> Settings:
@@ -54,10 +57,12 @@ def complete(settings: Settings, schedule: Schedule, canvas: bool = False) -> Se
         raise BadInput(f"schedule is {kind!r:.40}, expected one of {', '.join(SPACINGS)}; choose one of them")
     defaults = {"steps": schedule.steps, "guidance": schedule.guidance,
                 "identity_guidance": schedule.identity_guidance, "denoise": REPAINT if canvas else 1.0,
-                "schedule": kind, "eta": ETAS.get(kind, 0.0),
+                "schedule": kind, "eta": ETAS.get(kind, 0.0), "decoder": KL,
                 "timesteps": schedule.timesteps if kind == schedule.kind else SPACINGS[kind][0]}
     unset: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
     chosen = dataclasses.replace(settings, **unset)
+    if chosen.decoder not in DECODERS:
+        raise BadInput(f"decoder is {chosen.decoder!r:.40}, expected one of {', '.join(DECODERS)}; choose one of them")
     for name, (low, high) in RANGES.items():
         value = getattr(chosen, name)
         if not low <= value <= high:  # also refuses NaN
@@ -69,6 +74,11 @@ def complete(settings: Settings, schedule: Schedule, canvas: bool = False) -> Se
     scales_of(chosen.control_strength, "control_strength")
     lay_out(sampling(chosen, schedule), chosen.steps or 0, chosen.eta or 0.0)  # refuses what cannot be laid out
     return chosen
+
+
+def decoder_of(settings: Settings) -> str:
+    """The graph that makes the picture of a latent."""
+    return DECODERS[settings.decoder or KL]
 
 
 def sampling(settings: Settings, schedule: Schedule) -> Schedule:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import BadInput
 from ..pipeline import Pipeline
-from ..request import Settings
+from ..request import DECODERS, Settings
 from ..schedule import LEADING, SCHEDULES, TRAILING
 from .styles import apply_style
 from .values import size, strengths
@@ -43,6 +43,8 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
                        help="leave the person out at timesteps above it; 0 never does (default)")
     group.add_argument("--eta", type=float, metavar="E", help="fresh noise a step, 0 to 1: of ddim (default: 0), and "
                        "of tcd, whose gamma it is (default: 0.3); lcm's is fixed, dpm++ takes none")
+    group.add_argument("--decoder", choices=DECODERS, help="what makes the picture of the last latent: kl, the "
+                       "autoencoder's own (default), or tiny, which takes a fraction of the time and is a little worse")
     group.add_argument("--seed", type=int, default=unset.seed, metavar="N", help="of the noise; -1 for a random one, "
                        "which the recipe tells (default: %(default)d)")
     group.add_argument("--size", type=size, metavar="WxH", help="px; a bundle has the one that it was built for")
