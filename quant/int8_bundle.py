@@ -223,7 +223,8 @@ class _Maker:
         names = [layer.name for layer in layers_of(ir.load(self.plan.onnx(graph)).graph)]
         for package in packages_at(self.plan.bundle.file(graph, "coreml")):
             counts |= {package.name: rewrite_package(package, folder / package.name, names,
-                                                     partial(recipe.treatment, graph), found)}
+                                                     partial(recipe.treatment, graph), found,
+                                                     recipe.precision(graph))}
         return counts
 
     def _check(self, stage: str, graph: str, folder: Path) -> Facts:
@@ -267,7 +268,8 @@ def _publish(bundle: Bundle, maker: _Maker, folder: Path) -> None:
     for graph, component in bundle.manifest.components.items():
         forms = {kind: _form(bundle, form, changed.get((kind, graph), []), folder)
                  for kind, form in component.forms.items()}
-        forms |= {kind: dataclasses.replace(forms[kind], precision=INT8, parity=_parity(maker, kind, graph))
+        forms |= {kind: dataclasses.replace(forms[kind], precision=plan.recipes[kind].precision(graph),
+                                            parity=_parity(maker, kind, graph))
                   for kind, name in changed if name == graph}
         components[graph] = dataclasses.replace(component, forms=forms)
     provenance = {**bundle.manifest.provenance, INT8: {

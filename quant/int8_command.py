@@ -33,9 +33,9 @@ def add(subparsers: Any) -> None:
                         "folders of them, to calibrate with (default: portraits that the embedded miniature draws)")
     parser.add_argument("--portraits", type=whole(1, 1000), default=PORTRAITS, metavar="N", help="to draw for that, a "
                         "photo each (default: %(default)s)")
-    parser.add_argument("--recipe", type=Path, action="append", default=[], metavar="FILE", help="in place of ours: "
-                        "named after the format, such as openvino.json or coreml-mixed.json; may be given several "
-                        "times")
+    parser.add_argument("--recipe", type=Path, action="append", default=[], metavar="FILE", help="in place of the "
+                        "format's own: a file named after the format, such as openvino-mine.json, or coreml-mixed, "
+                        "palettes of 4 to 8 bits for Core ML; may be given several times")
     parser.add_argument("--threads", type=whole(1, 1024), metavar="N", help="cores to use (default: all)")
     add_json_flag(parser)
     parser.set_defaults(run=_run)
@@ -75,13 +75,13 @@ def _gate(source: Path, work: Path, report: Callable[[str], None], made: Path) -
 
 def _run(args: argparse.Namespace) -> int:
     from caphuman_edge.quant.int8_bundle import Calibration, default_recipes, quantize
-    from caphuman_edge.quant.recipe import read_recipe
+    from caphuman_edge.quant.recipe import read_recipe, recipe_file
     from caphuman_edge.runtime.bundle import Bundle, check_target
     from caphuman_edge.runtime.cli.inspect import facts, text
 
     check_target(args.out, args.overwrite)
     recipes = default_recipes()
-    for path in args.recipe:
+    for path in map(recipe_file, args.recipe):
         kind = path.stem.split("-")[0]
         if kind not in recipes:
             raise BadInput(f"{path} is named after no format, expected {' or '.join(recipes)}; rename it to "

@@ -2,22 +2,22 @@
 
     python -m caphuman_edge.quant.mixed BUNDLE --photos DIR --budget 0.02 --work DIR
 
-Blocks of layers get palettes of 4, 6 and 8 bits alone, and the error of eps is measured on recorded calls. Errors add
-up nearly as independent noise does, in squares. The search starts with 8 bits everywhere, takes the steps down that
-cost the least for each byte they save while the sum fits the budget, then measures the whole and goes back where that
-was hopeful. Figures are kept in DIR. Writes coreml-mixed.json there, a recipe for `caphuman quantize`.
+Blocks of layers get palettes of 4, 6 and 8 bits alone, and the error of eps is measured on recorded calls. From 8 bits
+everywhere, steps down are put in the order of what they add to the squared error for each byte they save; how many of
+them fit the budget is found by measuring the whole, halving the range each time. Figures are kept in DIR. Writes
+coreml-mixed.json there, a recipe for `caphuman quantize`.
 """
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from caphuman_edge.quant.recipe import FOLDER, Recipe, Treatment, palette_bits, read_recipe
 from caphuman_edge.quant.sensitivity import (
     GRAPH,
-    STRIDE,
     Probe,
     Report,
     Unit,
@@ -39,8 +39,6 @@ class Step(NamedTuple):
 
     block: str
     palette: Treatment
-    cost: float  # squared error that it adds
-    saved: float  # bytes
 
 
 def steps_down(blocks: Mapping[str, Unit], errors: Callable[[str, Treatment], float],
@@ -53,32 +51,31 @@ def steps_down(blocks: Mapping[str, Unit], errors: Callable[[str, Treatment], fl
         for fine, coarse, before, after in zip(PALETTES, PALETTES[1:], squares, squares[1:], strict=False):
             saved = weights(unit) * (palette_bits(fine) - palette_bits(coarse)) / 8
             slope = max(slope, (after - before) / saved)  # never before the step that it follows
-            found.append((slope, Step(block, coarse, after - before, saved)))
+            found.append((slope, Step(block, coarse)))
     return [step for _, step in sorted(found, key=lambda pair: pair[0])]
 
 
-def search(probe: Probe, blocks: Mapping[str, Unit], steps: Sequence[Step], finest: float, budget: float,
+def search(probe: Probe, blocks: Mapping[str, Unit], steps: Sequence[Step], budget: float,
            report: Report = lambda line: None) -> tuple[dict[str, Treatment], float]:
-    """Each block's palette, and the error of the whole, which is within the budget if 8 bits everywhere are.
+    """Each block's palette after the most steps whose error, measured of the whole, is within the budget; that error.
 
-    `finest`: the sum of squared errors of 8 bits everywhere.
+    Where 8 bits everywhere are not, that is 8 bits everywhere.
     """
-    count, total = 0, finest
-    while count < len(steps) and total + steps[count].cost <= budget**2:
-        total, count = total + steps[count].cost, count + 1
-    while True:
-        chosen: dict[str, Treatment] = dict.fromkeys(blocks, PALETTES[0])
-        chosen |= {step.block: step.palette for step in steps[:count]}
+    @cache
+    def error_after(count: int) -> float:
+        chosen = _after(steps[:count], blocks)
         by_layer = {name: chosen[block] for block, unit in blocks.items() for name in unit}
-        error = probe.error_of(partial(_of, by_layer))
+        error = probe.error_of(lambda name: by_layer.get(name, "float"))
         report(f"{count} of {len(steps)} steps down: error {error:.5f}, budget {budget:g}")
-        if error <= budget or not count:
-            return chosen, error
-        count = min(count - 1, int(count / STRIDE))
+        return error
+
+    count = max(0, bisect_right(range(len(steps) + 1), budget, key=error_after) - 1)
+    return _after(steps[:count], blocks), error_after(count)
 
 
-def _of(by_layer: Mapping[str, Treatment], name: str) -> Treatment:
-    return by_layer.get(name, "float")
+def _after(steps: Sequence[Step], blocks: Iterable[str]) -> dict[str, Treatment]:
+    chosen: dict[str, Treatment] = dict.fromkeys(blocks, PALETTES[0])
+    return chosen | {step.block: step.palette for step in steps}
 
 
 def as_recipe(base: Recipe, chosen: Mapping[str, Treatment], told: str) -> Recipe:
@@ -107,8 +104,7 @@ def main() -> int:
         return kept[label]
 
     steps = steps_down(blocks, error, lambda unit: sum(probe.sizes[name] for name in unit))
-    finest = sum(error(block, PALETTES[0]) ** 2 for block in blocks)
-    chosen, found = search(probe, blocks, steps, finest, args.budget, note)
+    chosen, found = search(probe, blocks, steps, args.budget, note)
     bits = sum(palette_bits(chosen[block]) * probe.sizes[name] for block, unit in blocks.items() for name in unit)
     told = f"{measured_on(bundle, probe, args, found)}; {bits / sum(probe.sizes.values()):.2f} bits a weight"
     (args.work / NAME).write_text(as_recipe(base, chosen, told).to_text())

@@ -44,6 +44,10 @@ class Recipe:
         """Whether a graph has rules."""
         return bool(self._of(graph))
 
+    def precision(self, graph: str) -> str:
+        """What a bundle calls the stored weights of a graph that it changes."""
+        return "palettised-mixed" if any(palette_bits(kind) for kind, _ in self._of(graph)) else "int8"
+
     def to_text(self) -> str:
         """The text that `read_recipe` reads."""
         facts = {"format": FORMAT, "clip": self.clip, "affine": self.affine, "round_outputs": self.round_outputs,
@@ -62,12 +66,18 @@ def palette_bits(treatment: Treatment) -> int:
     return int(treatment.removeprefix("palette-")) if treatment.startswith("palette-") else 0
 
 
+def recipe_file(given: Path) -> Path:
+    """One of ours by its name, such as coreml-mixed, else the file itself."""
+    return {file.stem: file for file in FOLDER.glob("*.json")}.get(str(given), given)
+
+
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe. Raises BadInput for a file that is none."""
     try:
         data: Any = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_BYTES else None
     except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror}); check the path of the recipe") from error
+        raise BadInput(f"{path} cannot be read ({error.strerror}); check the path, or name one of "
+                       f"ours: {', '.join(sorted(file.stem for file in FOLDER.glob('*.json')))}") from error
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON ({error}); take {FOLDER / 'onnx.json'} as a pattern") from error
     if not _is_recipe(data):

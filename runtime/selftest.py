@@ -17,7 +17,7 @@ from .machine import FUSED, SPLIT, Machine
 from .manifest import Form
 
 FLOOR_COARSE, FLOOR_HALF, FLOOR_FLOAT = 35.0, 45.0, 60.0  # dB; see `floor_db`
-INT8, MARGIN_INT8 = "int8", 5.0  # dB; where activations have 8 bits, machines differ by some of what that costs
+MEASURED, MARGIN = ("int8", "palettised-mixed"), 5.0  # dB; machines differ by some of what rounded activations cost
 FLOORS_PALETTE = {"palettised-6": 25.0, "palettised-4": 12.0}  # dB; weights of 64 and 16 values are noisy themselves
 FLOOR_GATES = 30.0  # dB; gates are 0 or 1, and this is one in a thousand flipped
 PARAMETERS, MOMENTS = "latent_parameters", ("latent_mean", "latent_log_variance")
@@ -62,12 +62,12 @@ def floor_db(form: Form, in_halves: bool, expected: Mapping[str, np.ndarray]) ->
 
     Rounding an expectation to halves leaves 70 dB and more. Coarse are arithmetic of 16 bits (`in_halves`), weights of
     8, and what was so far from the reference when it was built. With weights of fewer bits the floor is FLOORS_PALETTE,
-    for int8 what the build measured less MARGIN_INT8, if that is less.
+    for MEASURED precisions what the build measured less MARGIN, if that is less.
     """
     if form.precision in FLOORS_PALETTE:
         return FLOORS_PALETTE[form.precision]
-    if form.precision == INT8:
-        return min(FLOOR_COARSE, form.parity.get("psnr_db", EXACT) - MARGIN_INT8)
+    if form.precision in MEASURED:
+        return min(FLOOR_COARSE, form.parity.get("psnr_db", EXACT) - MARGIN)
     rounded = form.precision.startswith(("int", "palettised")) or form.parity.get("psnr_db", EXACT) < FLOOR_FLOAT
     if in_halves or rounded:
         return FLOOR_COARSE

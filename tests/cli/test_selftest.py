@@ -12,7 +12,7 @@ SINGLE, HALF = ({"x": np.zeros(1, dtype)} for dtype in (np.float32, np.float16))
     ("f32", 140, False, SINGLE, 60), ("f16", 140, False, SINGLE, 60), ("f16", 140, False, HALF, 45),
     ("mixed", None, False, HALF, 45), ("f16", 52, False, HALF, 35), ("f32", 140, True, HALF, 35),
     ("int8", 41, False, HALF, 35), ("palettised-8", 41, False, HALF, 35), ("palettised-6", 33, True, HALF, 25),
-    ("palettised-4", 19, True, HALF, 12),
+    ("palettised-4", 19, True, HALF, 12), ("int8", 29, False, HALF, 24), ("palettised-mixed", 33, True, HALF, 28),
 ])
 def test_the_floor_follows_weights_arithmetic_and_expectations(precision, parity, in_halves, expected, floor):
     form = Form("model.onnx", {}, precision, {} if parity is None else {"psnr_db": float(parity)})

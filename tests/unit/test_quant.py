@@ -1,5 +1,6 @@
 """int8 graphs: grids, the rewriter against a numpy model of quantised layers, recipes, the search."""
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +14,7 @@ from caphuman_edge.export.random_weights import official_shapes
 from caphuman_edge.quant.calibration import photos_in
 from caphuman_edge.quant.histogram import Histogram, grid_of, rounded
 from caphuman_edge.quant.ranges import grids, load_histograms, observe, save_histograms
-from caphuman_edge.quant.recipe import FOLDER, Recipe, read_recipe
+from caphuman_edge.quant.recipe import FOLDER, Recipe, read_recipe, recipe_file
 from caphuman_edge.quant.rewrite import Grid, LayerGrids, layers_of, quantize_model, quantize_weight, weight_scales
 from caphuman_edge.quant.sensitivity import block_of, search, with_floats
 from caphuman_edge.runtime.contract import FULL
@@ -233,7 +234,16 @@ def test_what_is_no_recipe_is_refused(tmp_path, change):
         read_recipe(path)
 
 
-@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_a_recipe_of_ours_is_named_and_of_another_its_file_is(tmp_path):
+    mixed = read_recipe(recipe_file(Path("coreml-mixed")))
+    assert mixed.precision("unet") == "palettised-mixed" and mixed.precision("vae_decoder") == "int8"
+    assert mixed.treatment("unet", "unet.middle_block.0.in_layers.2.weight") == "palette-4"
+    assert recipe_file(tmp_path / "onnx.json") == tmp_path / "onnx.json"
+    with pytest.raises(BadInput, match="name one of ours: coreml, coreml-mixed, onnx, openvino"):
+        read_recipe(recipe_file(Path("coreml-mine")))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "coreml", "coreml-mixed"])
 def test_our_recipes_fit_the_full_size(kind):
     """Every pattern finds a layer there, all but a hundredth of the weights become int8."""
     recipe = read_recipe(FOLDER / f"{kind}.json")
