@@ -38,6 +38,8 @@ def _add_sources(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--backbone", type=Path, metavar="FILE", help="a Stable Diffusion 1.5 checkpoint of any style, "
                        "or a diffusers folder; its UNet, text encoder and autoencoder take the place of caphuman's")
     group.add_argument("--vae", type=Path, metavar="FILE", help="an autoencoder that takes the place of the backbone's")
+    group.add_argument("--tiny-decoder", type=Path, metavar="FILE", help="the decoder of TAESD, a tiny autoencoder for "
+                       "Stable Diffusion 1.x, or diffusers' AutoencoderTiny of it: for `generate --decoder tiny`")
     group.add_argument("--controlnet", metavar="FILE", help="a ControlNet for Stable Diffusion 1.5, such as OpenPose, "
                        "to act beside CapFace; or a diffusers folder, or, with --random-weights, `random`")
     group.add_argument("--lora", type=_lora, action="append", default=[], metavar="FILE[:SCALE]",

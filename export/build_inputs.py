@@ -12,8 +12,9 @@ from caphuman_edge.export.fetch_official import OfficialFile, consent_of, fetch
 from caphuman_edge.export.full import IDENTITY, Measure, official_networks, random_identity, sources_of
 from caphuman_edge.export.official import MTCNN_FILES, PINNED
 from caphuman_edge.export.random_weights import write_checkpoints
-from caphuman_edge.export.weights import Lora, WeightFiles, load_model
+from caphuman_edge.export.weights import Lora, Origin, WeightFiles, load_model, load_tiny_decoder
 from caphuman_edge.ref.caphuman import CapHuman
+from caphuman_edge.ref.tiny_decoder import TinyDecoder
 from caphuman_edge.runtime.cache import cache_dir
 from caphuman_edge.runtime.contract import FULL, NANO, Config
 from caphuman_edge.runtime.errors import CheckpointError
@@ -33,23 +34,32 @@ def config_of(args: argparse.Namespace) -> Config:
     return dataclasses.replace(config, width=width, height=height)
 
 
-def gather(args: argparse.Namespace, config: Config, schedule: Schedule, report: Report) -> tuple[CapHuman, Sources]:
+def gather(args: argparse.Namespace, config: Config, schedule: Schedule,
+           report: Report) -> tuple[CapHuman, TinyDecoder | None, Sources]:
     """Read all that a build is made from. Raises CheckpointError for what is missing, naming it and its origin."""
     head, name = find_head(args.head), args.name or args.out.absolute().name
     if args.random_weights:
         files, networks = _random(args, config, report)
-        model, origins = load_model(files, config, report)
-        return model, sources_of(None, origins, networks, name, schedule, head, args.seed)
+        model, tiny, origins = load(files, config, report)
+        return model, tiny, sources_of(None, origins, networks, name, schedule, head, args.seed)
     fetched = _fetched(args, report) if args.fetch else {}
     files, network_files = _weight_files(args, fetched), _network_files(args, fetched)
     networks = official_networks(network_files, report)
-    model, origins = load_model(files, config, report)
-    return model, sources_of(files, origins, networks, name, schedule, head)
+    model, tiny, origins = load(files, config, report)
+    return model, tiny, sources_of(files, origins, networks, name, schedule, head)
 
 
 def random_folder(out: Path) -> Path:
     """Where the random checkpoints of a build lie until it is whole."""
     return out.with_name(f".{out.name}.random")
+
+
+def load(files: WeightFiles, config: Config,
+          report: Report) -> tuple[CapHuman, TinyDecoder | None, list[Origin]]:
+    """The small file first: what is wrong with it is told before gigabytes are read."""
+    tiny, origin = load_tiny_decoder(files.tiny_decoder, config, report) if files.tiny_decoder else (None, None)
+    model, origins = load_model(files, config, report)
+    return model, tiny, [*origins, *([origin] if origin else [])]
 
 
 def _random(args: argparse.Namespace, config: Config, report: Report) -> tuple[WeightFiles, list[Measure]]:
@@ -62,7 +72,7 @@ def _random(args: argparse.Namespace, config: Config, report: Report) -> tuple[W
         write_checkpoints(scratch, config, args.seed, report, controlnet=control)
         scratch.rename(folder)
     files = WeightFiles(folder / "caphuman.ckpt", folder / "v1-5.safetensors", folder / "vae.safetensors",
-                        folder / "controlnet.safetensors" if control else None)
+                        folder / "controlnet.safetensors" if control else None, folder / "tiny_decoder.safetensors")
     return files, [random_identity(config, folder, args.seed)]
 
 
@@ -82,7 +92,7 @@ def _weight_files(args: argparse.Namespace, fetched: Mapping[str, Path]) -> Weig
     if controlnet and not controlnet.exists():
         raise CheckpointError(f"{controlnet} does not exist, expected a ControlNet; check the path")
     loras = tuple(Lora(path, scale) for path, scale in args.lora)
-    return WeightFiles(caphuman, backbone, args.vae, controlnet, loras)
+    return WeightFiles(caphuman, backbone, args.vae, controlnet, args.tiny_decoder, loras)
 
 
 def _network_files(args: argparse.Namespace, fetched: Mapping[str, Path]) -> dict[str, Path]:

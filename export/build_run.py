@@ -75,9 +75,9 @@ def _build(args: argparse.Namespace) -> None:
     _check_space(args.out, options, config, bool(args.random_weights))
     store = PartStore(args.like)
     with _stoppable():
-        model, sources = gather(args, config, schedule, _say)
+        model, tiny, sources = gather(args, config, schedule, _say)
         build(model, preview_of(model.first_stage_model), sources, args.out, options, _say, consume=True,
-              store=store)
+              store=store, tiny=tiny)
     shutil.rmtree(random_folder(args.out), ignore_errors=True)
     _say(f"built in {(time.monotonic() - started) / 60:.1f} minutes{_memory()}")
 
@@ -88,9 +88,12 @@ def _options(args: argparse.Namespace) -> Options:
     if args.controlnet is not None and (args.controlnet == RANDOM_CONTROLNET) != bool(args.random_weights):
         raise BadInput(f"--controlnet is {args.controlnet}, expected {RANDOM_CONTROLNET} with --random-weights and a "
                        "file or a folder without; change one of the two")
+    if args.tiny_decoder and args.random_weights:
+        raise BadInput(f"--tiny-decoder is {args.tiny_decoder}, but --random-weights draws the tiny decoder's, too; "
+                       "leave one of the two out")
     coreml = dataclasses.replace(PHONE if args.phone else MAC, precision=args.precision)
     return Options(args.formats, args.precision, args.denoiser != "split", args.denoiser != "fused", coreml,
-                   control=args.controlnet is not None)
+                   control=args.controlnet is not None, tiny=bool(args.tiny_decoder or args.random_weights))
 
 
 def _check_extras(formats: tuple[str, ...]) -> None:

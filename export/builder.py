@@ -17,6 +17,7 @@ from caphuman_edge.export.part_store import RECORD, PartStore, write_record
 from caphuman_edge.export.parts import Facts, Parts
 from caphuman_edge.export.stages import TRACED, Job, Options, Stages, jobs
 from caphuman_edge.ref.caphuman import CapHuman
+from caphuman_edge.ref.tiny_decoder import TinyDecoder
 from caphuman_edge.runtime.bundle import check_target, new_bundle, write_manifest
 from caphuman_edge.runtime.contract import graphs
 from caphuman_edge.runtime.head.storage import OPEN_HEAD
@@ -39,18 +40,19 @@ class Sources:
 
 def build(model: CapHuman, preview: PreviewDecoder, sources: Sources, out: Path, options: Options | None = None,
           report: Callable[[str], None] = lambda line: None, consume: bool = False,
-          store: PartStore | None = None) -> None:
+          store: PartStore | None = None, tiny: TinyDecoder | None = None) -> None:
     """Write the bundle at `out`, replacing an older one whole; `report` gets a line a part.
 
     `consume`: the model is emptied once nothing needs it any more, since what follows needs as much memory again.
     `store`: finished bundles, whose parts are taken where this build would make equal ones.
+    `tiny`: the fast decoder that `options.tiny` asks for.
     A build that was stopped goes on where it was: its finished parts lie in `.NAME.parts` beside `out` until the bundle
     is whole. Raises BundleError naming the first graph that does not compute what the reference computes.
     """
     check_target(out, overwrite=True)
     options = options or Options()
     config, specs = model.config, graphs(model.config)
-    stages = Stages(modules(model.eval(), preview), specs, options)
+    stages = Stages(modules(model.eval(), preview, tiny), specs, options)
     work = _Work(stages, part_keys(stages.modules, specs, config, options), store or PartStore(), out, report)
     needed = work.needed()
     for job in jobs(options):

@@ -1,7 +1,7 @@
 """What a file of weights is, told from its tensors' names and shapes, so that a wrong file gets an error that says so.
 
-A user passes a file in a role ("caphuman", "backbone", "vae", "controlnet", "lora"); `refuse_other` accepts the kinds
-that serve there and tells of any other what it seems to be and where it belongs.
+A user passes a file in a role, one of EXPECTED; `refuse_other` accepts the kinds that serve there and tells of any
+other what it seems to be and where it belongs.
 """
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +12,7 @@ from caphuman_edge.runtime.contract import Config
 from caphuman_edge.runtime.errors import CheckpointError
 
 CAPHUMAN, STABLE_DIFFUSION, VAE, CONTROLNET, LORA = "caphuman", "stable_diffusion", "vae", "controlnet", "lora"
+TINY_DECODER = "tiny_decoder"
 SDXL, DIFFUSERS_CONTROLNET, SDXL_CONTROLNET = "sdxl", "diffusers_controlnet", "sdxl_controlnet"
 WITH_BACKBONE = "sd_with_controlnet"
 EXPECTED = {  # role: kinds that serve, and how they are called
@@ -20,6 +21,7 @@ EXPECTED = {  # role: kinds that serve, and how they are called
     "vae": ({VAE}, "the KL autoencoder of Stable Diffusion 1.x"),
     "controlnet": ({CONTROLNET, DIFFUSERS_CONTROLNET, WITH_BACKBONE}, "a ControlNet for Stable Diffusion 1.5"),
     "lora": ({LORA}, "a LoRA for Stable Diffusion 1.x"),
+    TINY_DECODER: ({TINY_DECODER}, "the decoder of TAESD, for Stable Diffusion 1.x"),
 }
 DESCRIPTIONS = {  # kind: what it seems to be, and what to do
     CAPHUMAN: ("a CapHuman checkpoint", "pass it as the caphuman checkpoint"),
@@ -42,7 +44,8 @@ DESCRIPTIONS = {  # kind: what it seems to be, and what to do
     "text_encoder": ("a CLIP text encoder alone", "pass the whole checkpoint"),
     "vision_encoder": ("a CLIP image encoder alone", "pass the whole checkpoint"),
     "embedding": ("a textual-inversion embedding", "these are not supported; leave it out"),
-    "tiny_vae": ("a tiny autoencoder (TAESD)", "pass the full KL autoencoder"),
+    TINY_DECODER: ("a tiny autoencoder (TAESD)", "pass it as the tiny decoder"),
+    "tiny_encoder": ("the encoder of a tiny autoencoder (TAESD)", "pass its decoder as the tiny decoder"),
     "unknown": ("no model known here", "check that it is the right file"),
 }
 OTHER_INPUTS = {9: "an inpainting model", 8: "an image-editing model (InstructPix2Pix)", 5: "a depth-guided model"}
@@ -72,7 +75,8 @@ BEGINNINGS = (
     ("vision_encoder", ("vision_model.embeddings.",)),
     ("text_encoder", ("text_model.embeddings.", "embeddings.token_embedding.", "cond_stage_model.")),
     ("embedding", ("emb_params", "string_to_param", "<")),
-    ("tiny_vae", ("decoder.layers.", "encoder.layers.", "1.weight", "0.weight")),
+    (TINY_DECODER, ("decoder.layers.", "1.weight")),
+    ("tiny_encoder", ("encoder.layers.", "0.weight")),
 )
 
 

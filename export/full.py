@@ -24,6 +24,7 @@ WEIGHT_LICENCES = {  # by the field of WeightFiles that names the file
     "caphuman": "CC-BY-NC-4.0, if it is the official caphuman.ckpt: non-commercial use only",
     "backbone": "that of its author; CreativeML Open RAIL-M, if it is Stable Diffusion 1.5",
     "vae": "that of its author; MIT, if it is sd-vae-ft-mse",
+    "tiny_decoder": "that of its author; MIT, if it is TAESD",
     "controlnet": "that of its author; OpenRAIL, if it is one of the official ControlNet 1.1",
     "loras": "that of their authors",
 }

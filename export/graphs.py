@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caphuman_edge.ref.caphuman import CapHuman, face_gates
+from caphuman_edge.ref.tiny_decoder import TinyDecoder
 from caphuman_edge.runtime.contract import GATE, TEXT_TOKENS, TensorSpec, residual_levels
 
 
@@ -126,7 +127,18 @@ class PreviewDecoder(nn.Module):
         return F.conv2d(latent_sample, self.weight, self.bias)
 
 
-def modules(model: CapHuman, preview: PreviewDecoder) -> dict[str, nn.Module]:
+class FastDecoder(nn.Module):
+    """A scaled latent to an image, about [-1, 1], by the small network that takes the autoencoder's place."""
+
+    def __init__(self, decoder: TinyDecoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        return self.decoder(latent_sample)
+
+
+def modules(model: CapHuman, preview: PreviewDecoder, tiny: TinyDecoder | None = None) -> dict[str, nn.Module]:
     """Every graph that is made from the reference, by its name in the contract; a ControlNet's where it has one."""
     control = {"control_encoder": ControlEncoder, "controlnet": ControlNet} if has_control(model) else {}
     return {
@@ -134,6 +146,7 @@ def modules(model: CapHuman, preview: PreviewDecoder) -> dict[str, nn.Module]:
         "denoiser": Denoiser(model), "capface": SplitCapFace(model), "unet": SplitUNet(model),
         **{name: make(model) for name, make in control.items()},
         "vae_encoder": VaeEncoder(model), "vae_decoder": VaeDecoder(model), "preview_decoder": preview,
+        **({"tiny_decoder": FastDecoder(tiny)} if tiny else {}),
     }
 
 

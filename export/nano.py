@@ -19,7 +19,7 @@ from caphuman_edge.export.graphs import PreviewDecoder
 from caphuman_edge.export.preview import fit_preview
 from caphuman_edge.export.stages import Options
 from caphuman_edge.ref.caphuman import CapHuman
-from caphuman_edge.ref.training.weights import load_nano, read_metadata, weight_files
+from caphuman_edge.ref.training.weights import load_nano, load_tiny, read_metadata, weight_files
 from caphuman_edge.runtime.cache import sha256_of
 from caphuman_edge.runtime.cli import guarded
 from caphuman_edge.runtime.errors import CheckpointError
@@ -33,9 +33,9 @@ SAMPLED = Schedule(kind="dpm++", steps=10, guidance=3.0, identity_guidance=1.0, 
 STUDENT_STEPS = 4
 LICENCE_TEXT = """\
 The weights of this bundle's text_encoder, image_encoder, hint_encoder, denoiser, capface, unet, vae_encoder,
-vae_decoder and preview_decoder are licensed for non-commercial research use only. They were trained by the CapHuman
-Edge authors on pictures of people who do not exist, made with a face generator (MobileStyleGAN, whose author licenses
-it under Apache-2.0) that was distilled from StyleGAN2, trained on FFHQ, whose terms are non-commercial.
+vae_decoder, tiny_decoder and preview_decoder are licensed for non-commercial research use only. They were trained by
+the CapHuman Edge authors on pictures of people who do not exist, made with a face generator (MobileStyleGAN, whose
+author licenses it under Apache-2.0) that was distilled from StyleGAN2, trained on FFHQ, whose terms are non-commercial.
 They come without warranty of any kind. Do not use them to deceive, or to depict a person without that person's consent.
 
 face_detector, face_landmarks and face_blendshapes are MediaPipe's (Apache-2.0), id_encoder is SFace of the OpenCV model
@@ -55,6 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, required=True, help="folder of a training.nano or training.distill run")
     parser.add_argument("--vae", type=Path, required=True, help="folder of a training.vae run")
+    parser.add_argument("--tiny", type=Path, help="folder of a training.tiny run: the fast decoder")
     parser.add_argument("--labels", type=Path, required=True, help="label folder, for the preview decoder")
     parser.add_argument("--perception", type=Path, required=True, help="folder written by export.perception")
     parser.add_argument("--format", type=listed_formats, default=("onnx",), metavar="F,..", dest="formats",
@@ -64,7 +65,8 @@ def main() -> int:
     facts = read_metadata(options.weights)
     schedule = schedule_of(facts, str(options.weights))
     model = load_nano(options.weights, options.vae)
-    folders = {"model": options.weights, "vae": options.vae}
+    tiny = load_tiny(options.tiny, model.config) if options.tiny else None
+    folders = {"model": options.weights, "vae": options.vae, **({"tiny": options.tiny} if options.tiny else {})}
     hashes = {f"{part}/{path.name}": digest for part, folder in folders.items()
               for path, digest in sha256_of(weight_files(folder)).items()}
     provenance = {"samples_seen": facts["samples"], "training_steps": facts["step"], "sha256": hashes}
@@ -72,7 +74,7 @@ def main() -> int:
         provenance["distilled"] = facts["distilled"]
     sources = Sources(perception_in(options.perception), "nano", schedule, provenance, LICENCES, LICENCE_TEXT)
     build(model, preview_from(model, options.labels), sources, options.out,
-          Options(options.formats), report=lambda line: print(line, file=sys.stderr))
+          Options(options.formats, tiny=tiny is not None), tiny=tiny, report=lambda line: print(line, file=sys.stderr))
     return 0
 
 

@@ -27,10 +27,10 @@ LIBRARIES = {  # by stage: what it computes with; of checks by format
     "reference": ("torch",), "onnx": ("torch", "onnx", "onnx-ir", "onnxscript"), "coreml": ("torch", "coremltools"),
     "openvino": ("openvino",), "ort": ("onnxruntime",), "onnx check": ("onnxruntime",),
     "ort check": ("onnxruntime",), "openvino check": ("openvino",), "coreml check": ("torch", "coremltools")}
-SELECTING = ("formats", "fused", "split", "control")  # options that say which parts there are, not what they hold
+SELECTING = ("formats", "fused", "split", "control", "tiny")  # options that say which parts there are
 CONFIG_OF = {  # graphs that a part of the config decides alone, together with their weights and shapes
     "text_encoder": ("text",), "image_encoder": ("vision",), "vae_encoder": ("vae",), "vae_decoder": ("vae",),
-    "preview_decoder": ()}
+    "tiny_decoder": (), "preview_decoder": ()}
 PREVIEW_STEP = 1 / 512  # the preview decoder is fitted anew for each build: its last bits differ, and nobody sees them
 
 

@@ -22,12 +22,15 @@ import torch
 
 from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.ref.checkpoints import POSE_PREFIX
+from caphuman_edge.ref.tiny_decoder import TinyDecoder
 from caphuman_edge.runtime.contract import TEXT_TOKENS, Config
 
 VAE_PREFIX = "first_stage_model."
+TINY_PREFIX = "tiny_decoder."  # of ours, so that its weights' names tell their gains
 BACKBONE_PREFIXES = ("model.diffusion_model.", VAE_PREFIX, "cond_stage_model.")
 AFTER_SILU = 1.68  # SiLU leaves 0.355 of a unit normal variable's second moment
 AFTER_GELU = 1.53  # exact or quick GELU: 0.425
+AFTER_RELU = 1.41  # ReLU: 0.5
 BRANCH = 0.3  # what ends in a sum with what it began from
 GAINS = (  # the first pattern found in a weight's name tells its gain; the standard deviation is gain / sqrt(fan-in)
     (r"\.time_embed\.0\.", 1.41), (r"\.time_embed\.2\.", AFTER_SILU), (r"\.emb_layers\.1\.", 0.5 * AFTER_SILU),
@@ -40,6 +43,8 @@ GAINS = (  # the first pattern found in a weight's name tells its gain; the stan
     (r"first_stage_model.*\.conv1\.", AFTER_SILU), (r"first_stage_model.*\.conv2\.", BRANCH * AFTER_SILU),
     (r"first_stage_model\.decoder\.conv_out\.", 0.5 * AFTER_SILU), (r"first_stage_model.*\.conv_out\.", AFTER_SILU),
     (r"\.post_quant_conv\.", 0.18),  # a latent comes divided by its scale
+    (r"tiny_decoder\..*\.conv\.4\.", BRANCH * AFTER_RELU), (r"tiny_decoder\.1\.", 1.0),
+    (r"tiny_decoder\.19\.", 0.5 * AFTER_RELU), (r"tiny_decoder\.", AFTER_RELU),
     (r"\.mlp\.fc2\.", 0.5 * AFTER_GELU), (r"\.out_proj\.", 0.5))
 IDENTITY = re.compile(r"^id_linear\.weight$")  # identity vectors have length 1, whatever their width
 NORM_SPREAD, BIAS_SPREAD = 0.1, 0.05
@@ -77,23 +82,24 @@ def random_weight(name: str, shape: Sequence[int], seed: int) -> np.ndarray:
 
 def write_checkpoints(folder: Path, config: Config, seed: int, report: Report = lambda line: None,
                       controlnet: bool = False) -> dict[str, Path]:
-    """Write caphuman.ckpt, v1-5.safetensors and vae.safetensors as the official files are laid out; their paths.
+    """Write caphuman.ckpt, v1-5, vae and tiny_decoder.safetensors as the published files are laid out; their paths.
 
-    They hold different numbers, so that it shows which one a part was taken from. One tensor at a time is in memory.
-    `controlnet`: write controlnet.safetensors, too. At full size: 7 + 4.3 + 0.3 (+ 1.4) GB of disk.
+    The first three hold different numbers, so that it shows which one a part was taken from. One tensor at a time is
+    in memory. `controlnet`: write controlnet.safetensors, too. At full size: 7 + 4.3 + 0.3 (+ 1.4) GB of disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shapes = official_shapes(config)
     backbone = {name: shape for name, shape in shapes.items() if name.startswith(BACKBONE_PREFIXES)}
     autoencoder = {name: shape for name, shape in shapes.items() if name.startswith(VAE_PREFIX)}
     paths = {"caphuman": folder / "caphuman.ckpt", "backbone": folder / "v1-5.safetensors",
-             "vae": folder / "vae.safetensors"}
+             "vae": folder / "vae.safetensors", "tiny_decoder": folder / "tiny_decoder.safetensors"}
     report(f"writing {paths['caphuman']}")
     write_torch(paths["caphuman"], shapes, _positions(config), seed)
     report(f"writing {paths['backbone']}")
     write_safetensors(paths["backbone"], backbone, seed + 1)
     report(f"writing {paths['vae']}")
     write_safetensors(paths["vae"], autoencoder, seed + 2, VAE_PREFIX)
+    write_safetensors(paths["tiny_decoder"], _tiny_shapes(config), seed + 4, TINY_PREFIX)
     return paths | (_write_controlnet(folder, config, seed + 3, report) if controlnet else {})
 
 
@@ -132,6 +138,12 @@ def _write_controlnet(folder: Path, config: Config, seed: int, report: Report) -
            if name.startswith(f"pose_{POSE_PREFIX}")}
     write_safetensors(path, own, seed, unprefix="pose_")
     return {"controlnet": path}
+
+
+def _tiny_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        decoder = TinyDecoder(config)
+    return {TINY_PREFIX + name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
 
 
 def _generator(name: str, seed: int) -> np.random.Generator:

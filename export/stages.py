@@ -45,6 +45,7 @@ class Options:
     split: bool = True  # capface and unet apart; Core ML always has them, and so has what holds a ControlNet
     coreml: CoremlOptions = MAC
     control: bool = False  # the model has a second ControlNet, whose residuals only the split form can take
+    tiny: bool = False  # there is a fast decoder, too
 
     def graphs_in(self, format_name: str) -> tuple[str, ...]:
         """The reference's graphs that this format holds, in the order of their use."""
@@ -52,7 +53,7 @@ class Options:
         split = self.split or self.control or coreml
         denoiser = (*(FUSED if self.fused and not coreml else ()), *(SPLIT if split else ()))
         return ("text_encoder", "image_encoder", "hint_encoder", *denoiser, *(CONTROL if self.control else ()),
-                "vae_encoder", "vae_decoder", "preview_decoder")
+                "vae_encoder", "vae_decoder", *(("tiny_decoder",) if self.tiny else ()), "preview_decoder")
 
     def folder_of(self, format_name: str, graph: str) -> str:
         """The folder in which a graph lies: in ONNX with the fused denoiser, if they share weights, else its own."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from caphuman_edge.export import diffusers_folder
-from caphuman_edge.export.checkpoint_kinds import refuse_other
+from caphuman_edge.export.checkpoint_kinds import TINY_DECODER, refuse_other
 from caphuman_edge.export.diffusers_names import AUTOENCODER, CONTROLNET, OFFICIAL_PREFIX, to_official
 from caphuman_edge.export.lora import fuse, read_lora
 from caphuman_edge.ref.caphuman import CapHuman
@@ -30,6 +30,7 @@ from caphuman_edge.ref.checkpoints import (
     without_prefix,
 )
 from caphuman_edge.ref.sampler import alphas_cumprod
+from caphuman_edge.ref.tiny_decoder import TinyDecoder, taesd_names
 from caphuman_edge.runtime.cache import sha256_of
 from caphuman_edge.runtime.contract import Config
 from caphuman_edge.runtime.errors import CheckpointError
@@ -69,6 +70,7 @@ class WeightFiles:
     backbone: Path | None = None
     vae: Path | None = None
     controlnet: Path | None = None
+    tiny_decoder: Path | None = None
     loras: tuple[Lora, ...] = ()
 
 
@@ -76,7 +78,7 @@ class WeightFiles:
 class Origin:
     """One part's share of one file; a part in shards, or with a LoRA, has several."""
 
-    part: str  # one of PARTS
+    part: str  # one of PARTS, or TINY_DECODER, of which no official checkpoint has a share
     file: str  # its name; behind its folder's where all such files are called alike
     sha256: str
     bytes: int  # of the file
@@ -118,6 +120,20 @@ def load_model(files: WeightFiles, config: Config,
     for origin in origins:
         report(origin.describe())
     return model.eval().requires_grad_(False), origins
+
+
+def load_tiny_decoder(path: Path, config: Config,
+                      report: Report = lambda line: None) -> tuple[TinyDecoder, Origin]:
+    """The fast decoder in a file of TAESD's or of diffusers' AutoencoderTiny, and where it came from; as `load_model`.
+    """
+    report(f"reading {path} (tiny decoder)")
+    weights = taesd_names(_read_file(TINY_DECODER, path, config))
+    origin = _origin(TINY_DECODER, path, list(weights.values()))
+    _convert(weights, dict.fromkeys(weights, path))
+    decoder = TinyDecoder(config)
+    load_strictly(decoder, weights, path.name)
+    report(origin.describe())
+    return decoder.eval().requires_grad_(False), origin
 
 
 def part_of(name: str) -> str:

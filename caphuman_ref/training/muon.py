@@ -56,10 +56,15 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def optimizers(model: nn.Module, rate: float, muon_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices; AdamW for embeddings, biases, norms and the first and last layers."""
+def optimizers(model: nn.Module, rate: float, muon_rate: float,
+               outer: tuple[str, ...] = ()) -> list[torch.optim.Optimizer]:
+    """Muon for hidden matrices; AdamW for embeddings, biases, norms and the first and last layers.
+
+    `outer` names those layers' weights where the model is not the miniature.
+    """
     named = list(model.named_parameters())
-    hidden = {name for name, weight in named if weight.ndim > 1 and not any(part in name for part in ADAM_NAMES)}
+    hidden = {name for name, weight in named
+              if weight.ndim > 1 and name not in outer and not any(part in name for part in ADAM_NAMES)}
     return [Muon([weight for name, weight in named if name in hidden], muon_rate),
             torch.optim.AdamW([weight for name, weight in named if name not in hidden], rate, betas=(0.9, 0.99),
                               weight_decay=0.01)]

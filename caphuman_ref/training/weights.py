@@ -14,15 +14,26 @@ from torch import Tensor
 from caphuman_edge.ref.autoencoder import Autoencoder
 from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.ref.checkpoints import load_strictly, prefixed, read_checkpoint
+from caphuman_edge.ref.tiny_decoder import TinyDecoder
 from caphuman_edge.runtime.contract import NANO, Config, VaeConfig
 from caphuman_edge.runtime.errors import CheckpointError
 
 SHARD_BYTES = 15_000_000  # so that a run can come back from machines that return small files only
 
 
-def load_vae(folder: Path) -> Autoencoder:
-    """The autoencoder of a `training.vae` run, in float32, without gradients."""
-    model = Autoencoder(VaeConfig.from_json(read_metadata(folder)["vae"]))
+def load_vae(folder: Path, config: VaeConfig | None = None) -> Autoencoder:
+    """The autoencoder of a `training.vae` run, in float32, without gradients.
+
+    `config`: with the latent scale that was measured since, as labels have it; None for the run's own.
+    """
+    model = Autoencoder(config or VaeConfig.from_json(read_metadata(folder)["vae"]))
+    load_strictly(model, read_weights(folder), str(folder))
+    return model.eval().requires_grad_(False)
+
+
+def load_tiny(folder: Path, config: Config) -> TinyDecoder:
+    """The fast decoder of a `training.tiny` run, in float32, without gradients."""
+    model = TinyDecoder(config)
     load_strictly(model, read_weights(folder), str(folder))
     return model.eval().requires_grad_(False)
 
@@ -33,8 +44,9 @@ def load_nano(folder: Path, vae_folder: Path) -> CapHuman:
     The latent scale is that of the labels it was trained on.
     """
     config = Config.from_json(read_metadata(folder)["config"])
-    # weights of before this field lack it; every miniature reads identities from the same network
-    model = CapHuman(dataclasses.replace(config, identity_size=NANO.identity_size))
+    # weights of before these fields lack them; every miniature reads identities from the same network
+    config = dataclasses.replace(config, identity_size=NANO.identity_size, tiny_channels=NANO.tiny_channels)
+    model = CapHuman(config)
     weights = read_weights(folder) | prefixed(read_weights(vae_folder), "first_stage_model.")
     load_strictly(model, weights, f"{folder} and {vae_folder}")
     return model.eval().requires_grad_(False)

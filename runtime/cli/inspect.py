@@ -16,7 +16,7 @@ from .report import add_json_flag, show
 GROUPS = {  # as a portrait comes to be; what stands in none is data
     "to measure a photo": (*PERCEPTION_GRAPHS, *OFFICIAL_GRAPHS),
     "once a portrait": ("text_encoder", "image_encoder", "hint_encoder", "control_encoder", "vae_encoder",
-                        "vae_decoder"),
+                        "vae_decoder", "tiny_decoder"),
     "each step": ("denoiser", "capface", "unet", "controlnet", "preview_decoder"),
 }
 NOTES = {"each step": "the denoiser is one graph, or capface and unet; preview_decoder draws the thumbnails"}

@@ -91,10 +91,11 @@ def test_a_random_one_is_written_and_read_back_as_a_user_s_would_be(micro, tmp_p
     """In a folder of its own, so that what a stopped build left is not taken for this one's."""
     lines = []
     asked = {"random_weights": "nano", "seed": 1, "out": tmp_path / "b", "head": "open", "name": None}
-    model, sources = build_inputs.gather(argparse.Namespace(controlnet="random", **asked), micro.config, Schedule(),
-                                         lines.append)
+    model, _, sources = build_inputs.gather(argparse.Namespace(controlnet="random", **asked), micro.config, Schedule(),
+                                            lines.append)
     assert has_control(model) and (tmp_path / ".b.random/nano-1-controlnet/controlnet.safetensors").is_file()
     assert any(line.startswith("controlnet: ") and "from controlnet.safetensors" in line for line in lines)
     assert sources.licences["weights"] == "none: random weights"
-    plain, _ = build_inputs.gather(argparse.Namespace(controlnet=None, **asked), micro.config, Schedule(), lines.append)
+    asked["controlnet"] = None
+    plain, *_ = build_inputs.gather(argparse.Namespace(**asked), micro.config, Schedule(), lines.append)
     assert not has_control(plain)

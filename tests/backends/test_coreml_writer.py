@@ -303,7 +303,7 @@ def test_the_page_for_app_developers_states_the_contract():
     page = (Path(__file__).parents[2] / "docs" / "apple.md").read_text()
     specs = graphs(FULL)
     for name in ("text_encoder", "image_encoder", "hint_encoder", "capface", "unet", "control_encoder", "controlnet",
-                 "vae_encoder", "vae_decoder", "preview_decoder"):
+                 "vae_encoder", "vae_decoder", "tiny_decoder", "preview_decoder"):
         for tensor in (*fixed(specs[name]).inputs, *fixed(specs[name]).outputs):
             family = tensor.name.split("_")[0]
             if family not in ("residual", "gate"):

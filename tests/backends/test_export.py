@@ -27,7 +27,8 @@ def bundle(micro, tmp_path_factory):
     out = tmp_path_factory.mktemp("bundles") / "micro"
     lines = []
     sources = Sources(perception_in(EMBEDDED), "micro", Schedule(steps=2), {}, {}, "tests only")
-    build(micro.model, micro.preview, sources, out, Options(("onnx", "openvino", "ort"), control=True), lines.append)
+    options = Options(("onnx", "openvino", "ort"), control=True, tiny=True)
+    build(micro.model, micro.preview, sources, out, options, lines.append, tiny=micro.tiny)
     assert any("onnx check/denoiser" in line for line in lines)
     assert [path.name for path in out.parent.iterdir()] == ["micro"]  # no parts are left
     return Bundle.open(out)
@@ -39,7 +40,8 @@ def test_every_graph_reaches_60_db(bundle):
         parity = {name: part.forms[kind].parity["psnr_db"] for name, part in bundle.manifest.components.items()
                   if kind in part.forms and part.forms[kind].parity}
         assert parity.keys() == {"text_encoder", "image_encoder", "hint_encoder", "denoiser", "capface", "unet",
-                                 "control_encoder", "controlnet", "vae_encoder", "vae_decoder", "preview_decoder"}
+                                 "control_encoder", "controlnet", "vae_encoder", "vae_decoder", "tiny_decoder",
+                                 "preview_decoder"}
         assert min(parity.values()) > 60
 
 

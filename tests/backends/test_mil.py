@@ -33,7 +33,7 @@ def exported(micro):
         config = dataclasses.replace(micro.config, unet=dataclasses.replace(micro.config.unet, prediction=prediction))
         model = CapHuman(config, pose_net=True).eval().requires_grad_(False)
         model.load_state_dict(micro.model.state_dict())
-        module, spec = modules(model, micro.preview)[name], graphs(config)[name]
+        module, spec = modules(model, micro.preview, micro.tiny)[name], graphs(config)[name]
         inputs = example_inputs(spec.inputs, seed=0, batch=1)
         return module, spec, torch.export.export(module, tuple(inputs.values())).run_decompositions({})
 
@@ -60,7 +60,7 @@ def few_passes(precision):
     return pipeline
 
 
-SMALL = ("text_encoder", "image_encoder", "hint_encoder", "preview_decoder")  # these take all passes
+SMALL = ("text_encoder", "image_encoder", "hint_encoder", "tiny_decoder", "preview_decoder")  # these take all passes
 GRAPHS = [*((name, precision, "v") for name in SMALL for precision in ("FLOAT32", "FLOAT16")),
           *(pytest.param(*graph, marks=pytest.mark.slow) for graph in (
               ("vae_decoder", "FLOAT32", "v"), ("capface", "FLOAT32", "v"), ("unet", "FLOAT16", "v"),

@@ -13,7 +13,7 @@ from caphuman_edge.runtime.bundle import EMBEDDED
 from caphuman_edge.runtime.schedule import Schedule
 
 diffusion = pytest.importorskip("optimum.onnxruntime.modeling_diffusion")
-STANDARD = ("text_encoder", "image_encoder", "vae_encoder", "vae_decoder")
+STANDARD = ("text_encoder", "image_encoder", "vae_encoder", "vae_decoder", "tiny_decoder")
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,8 @@ def folder(micro, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Options, "graphs_in", lambda *_: STANDARD)
         out = tmp_path_factory.mktemp("optimum") / "micro"
-        build(micro.model, micro.preview, Sources(perception_in(EMBEDDED), "micro", Schedule(), {}, {}, ""), out)
+        sources = Sources(perception_in(EMBEDDED), "micro", Schedule(), {}, {}, "")
+        build(micro.model, micro.preview, sources, out, tiny=micro.tiny)
     return out
 
 
@@ -40,13 +41,14 @@ def test_the_text_encoder_is_a_text_encoder_of_optimum(micro, folder):
     assert encoder.config.hidden_size == tokens.shape[-1]
 
 
-def test_the_decoder_is_a_decoder_of_optimum_that_takes_latents_as_they_are(micro, folder):
+@pytest.mark.parametrize("name", ["vae_decoder", "tiny_decoder"])
+def test_a_decoder_is_a_decoder_of_optimum_that_takes_latents_as_they_are(micro, folder, name):
     """diffusers divides a latent by the scaling factor before it calls; here that must change nothing."""
-    session = onnxruntime.InferenceSession(str(folder / "vae_decoder/model.onnx"))
+    session = onnxruntime.InferenceSession(str(folder / name / "model.onnx"))
     decoder = diffusion.ORTVaeDecoder(session, parent(), use_io_binding=False)
-    latent = torch.from_numpy(coarse_inputs(micro.specs["vae_decoder"], seed=1)["latent_sample"])
+    latent = torch.from_numpy(coarse_inputs(micro.specs[name], seed=1)["latent_sample"])
     image = decoder(latent / decoder.config.scaling_factor).sample
-    torch.testing.assert_close(image, micro.modules["vae_decoder"](latent), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(image, micro.modules[name](latent), atol=1e-4, rtol=1e-4)
 
 
 def test_the_encoder_is_an_encoder_of_optimum_that_gives_latents_as_the_denoiser_has_them(micro, folder):

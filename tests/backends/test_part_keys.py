@@ -14,6 +14,7 @@ from caphuman_edge.runtime.contract import graphs
 
 ALL = Options(("onnx", "openvino", "coreml", "ort"), storage="f16")
 APART = Options(("onnx",), fused=False)
+TINY = dataclasses.replace(APART, tiny=True)
 ATTENTION = "model.diffusion_model.input_blocks.7.1.transformer_blocks.0.attn1.to_q.weight"
 
 
@@ -69,6 +70,17 @@ def test_a_lora_on_the_unet_redoes_the_unet(micro):
     weights[ATTENTION] = micro.model.state_dict()[ATTENTION]
     model.load_state_dict(weights)
     assert keys_of(model, micro.preview, APART) == before  # copied, but of the same numbers
+
+
+def test_the_fast_decoder_is_a_part_of_its_own(micro):
+    """It redoes nothing else where it is added, and itself alone where its weights are others."""
+    other = copy.deepcopy(micro.tiny)
+    other[1].weight.mul_(1.5)
+    without, first, second = (part_keys.part_keys(modules(micro.model, micro.preview, tiny), micro.specs, micro.config,
+                                                  options)
+                              for tiny, options in ((None, APART), (micro.tiny, TINY), (other, TINY)))
+    assert {name for _, name in first.keys() - without.keys()} == {"tiny_decoder"}
+    assert all(first[job] == key for job, key in without.items()) and redone(first, second) == {"tiny_decoder"}
 
 
 def test_a_buffer_that_no_checkpoint_holds_counts(micro):
