@@ -84,7 +84,7 @@ class Bundle:
 
     def graph(
         self, name: str, backend: str = "ort", *, device: str | None = None, threads: int | None = None,
-        cache_dir: Path | None = None, precision: str | None = None,
+        cache_dir: Path | None = None, precision: str | None = None, by_shape: bool = False,
     ) -> Graph:
         """Load one graph and check it against the contract. Each call loads anew: who wants to keep it, keeps it.
 
@@ -94,7 +94,8 @@ class Bundle:
         if DATA in component.forms:
             raise BundleError(f"component {name} of {self.root} is data, not a graph; read it with Bundle.file")
         path = self.root / self.form(name, loader.FORMATS).path
-        graph = loader.load(path, device=device, threads=threads, cache_dir=cache_dir, precision=precision)
+        graph = loader.load(path, device=device, threads=threads, cache_dir=cache_dir, precision=precision,
+                            by_shape=by_shape)
         spec = check_graph(str(path), graph.inputs, graph.outputs, contract[name])
         return dataclasses.replace(graph, inputs=spec.inputs, outputs=spec.outputs)
 

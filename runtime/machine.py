@@ -3,10 +3,11 @@ import dataclasses
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from .backends import Arrays, Graph, chosen_device, open_backend
+from .backends import FAST, Arrays, Graph, chosen_device, open_backend
 from .bundle import Bundle
 from .contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS, GraphSpec, TensorSpec, graphs
 from .errors import BundleError
@@ -14,7 +15,10 @@ from .errors import BundleError
 FALLBACK = "ort"  # of the base installation, so always there
 FUSED, SPLIT = ("denoiser",), ("capface", "unet")  # the two forms of what runs at each step
 EACH_STEP = (*FUSED, *SPLIT, "controlnet")
+INT8 = "int8"  # the precision of a form whose activations are rounded, too
 THRESHOLDS = "hint_encoder"  # its gates are 0 or 1, so a small error may be a large one
+
+Memory = Literal["keep", "steps", "stage"]  # for good; encoders until the first step; each until the next is needed
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Machine:
     threads: int | None = None
     precision: str | None = None
     cache_dir: Path | None = None
+    memory: Memory = "keep"  # how long graphs stay loaded; portraits are the same
 
     def check(self) -> None:
         """Raise BadInput or MissingExtra where the backend or the device is not to be had; loads no graph."""
@@ -34,10 +39,12 @@ class Machine:
     def denoiser(self, bundle: Bundle, split: bool = False) -> tuple[str, ...]:
         """The graphs of a step: FUSED, or SPLIT where only that is stored for the backend or `split` asks for it.
 
+        Where memory is held by the stage they are SPLIT if both are stored.
+
         Raises BundleError where they are not to be had.
         """
         formats = open_backend(self.backend).FORMATS
-        for names in (SPLIT,) if split else (FUSED, SPLIT):
+        for names in (SPLIT,) if split else (SPLIT, FUSED) if self.memory == "stage" else (FUSED, SPLIT):
             if all(bundle.stored(name, formats) for name in names):
                 return names
         held = [f"{name} ({', '.join(bundle.component(name).forms)})" for name in FUSED + SPLIT if name in bundle]
@@ -64,7 +71,7 @@ class Machine:
         runner = self.runner(bundle, name)
         if runner == "coreml":  # computes as the package says, whose weights are halves where its numbers are
             return bundle.form(name, open_backend(runner).FORMATS).precision != "f32"
-        chosen = self.precision in ("f16", "bf16") or (self.device or "").startswith("npu")
+        chosen = self._precision(bundle, name) in ("f16", "bf16", FAST) or (self.device or "").startswith("npu")
         return chosen and runner == self.backend and name != THRESHOLDS
 
     def load(self, bundle: Bundle, name: str) -> Graph:
@@ -74,10 +81,17 @@ class Machine:
             if name not in PERCEPTION_GRAPHS + OFFICIAL_GRAPHS:
                 warnings.warn(f"{name} is not stored for backend {self.backend}: {runner} runs it", stacklevel=2)
             return bundle.graph(name, runner, threads=self.threads)
-        device, precision = ("cpu", "f32") if name == THRESHOLDS else (self.device, self.precision)
+        device = "cpu" if name == THRESHOLDS else self.device
         graph = bundle.graph(name, runner, device=device, threads=self.threads, cache_dir=self.cache_dir,
-                             precision=precision)
+                             precision=self._precision(bundle, name), by_shape=name in EACH_STEP)
         return row_by_row(graph, graphs(bundle.config)[name])
+
+    def _precision(self, bundle: Bundle, name: str) -> str | None:
+        """The arithmetic of a graph: OpenVINO's fastest where numbers were rounded to 8 bits, unless one is chosen."""
+        if name == THRESHOLDS:
+            return "f32"
+        rounded = self.backend == "openvino" and bundle.form(name, open_backend(self.backend).FORMATS).precision == INT8
+        return self.precision or (FAST if rounded else None)
 
 
 def row_by_row(graph: Graph, contract: GraphSpec) -> Graph:

@@ -17,6 +17,7 @@ from ..errors import BadInput, MissingExtra, ShapeMismatch
 BACKENDS = ("ort", "openvino", "coreml")
 EXTRAS = {"openvino": "openvino", "coreml": "coremltools"}  # backend, and so the extra's name: the package in it
 ANY_DEVICE = ("auto", "all")  # names that leave the choice to the backend
+FAST = "fast"  # the arithmetic that a device has the fastest units for
 
 Arrays = dict[str, np.ndarray]
 
@@ -59,13 +60,15 @@ class Backend(Protocol):
 
     def load(
         self, path: Path, *, device: str | None = None, threads: int | None = None, cache_dir: Path | None = None,
-        precision: str | None = None,
+        precision: str | None = None, by_shape: bool = False,
     ) -> Graph:
         """Load one graph; raises BundleError where the file cannot be, BadInput for settings it does not have.
 
         `device`: one of `devices`, or "auto"; None for the first. `threads`: at most so many cores, None for all.
         `cache_dir`: a folder for compiled models, where the backend compiles to files; None for the user's cache.
-        `precision`: the arithmetic to compute in; None changes no number for speed, as far as the device can.
+        `precision`: the arithmetic to compute in; None changes no number for speed, as far as the device can, and FAST
+        is for graphs whose numbers were rounded to 8 bits before. `by_shape`: where the backend compiles, compile for
+        the very lengths of each call instead of any: for what is called often with the same ones.
         """
 
 

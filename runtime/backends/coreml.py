@@ -42,7 +42,7 @@ def devices() -> tuple[str, ...]:
 
 def load(
     path: Path, *, device: str | None = None, threads: int | None = None, cache_dir: Path | None = None,
-    precision: str | None = None,
+    precision: str | None = None, by_shape: bool = False,
 ) -> Graph:
     """Load an .mlpackage folder, or a folder of CHUNKS that run in turn; compiled models are kept on disk.
 

@@ -9,13 +9,15 @@ import openvino
 from ..compiled import compiled_entry
 from ..contract import TensorSpec
 from ..errors import BundleError
-from . import ANY_DEVICE, Arrays, Graph, check_choice, check_threads, chosen_device
+from ..pages import dropping_pages
+from . import ANY_DEVICE, FAST, Arrays, Graph, check_choice, check_threads, chosen_device
 
 NAME = "openvino"
 FORMATS = ("openvino", "onnx")
 DTYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "i64": "int64", "i32": "int32", "u8": "uint8",
           "i8": "int8", "boolean": "bool"}
 PRECISIONS = {"FP32": "f32", "BF16": "bf16", "FP16": "f16"}  # as OpenVINO's devices name what they compute in
+FASTEST = ("bf16", "f16", "f32")  # of what a device has units for
 FIXED_LENGTHS = ("NPU",)  # devices that compile for definite lengths alone
 AUTO = "AUTO"  # OpenVINO's own choice among the devices
 NOISE = ("Exception from ", "Check '")  # how lines of its messages begin that tell a user nothing
@@ -30,13 +32,14 @@ def devices() -> tuple[str, ...]:
 
 def load(
     path: Path, *, device: str | None = None, threads: int | None = None, cache_dir: Path | None = None,
-    precision: str | None = None,
+    precision: str | None = None, by_shape: bool = False,
 ) -> Graph:
     """Load an .xml file with its .bin, or an .onnx file with its external data; compiled models are kept on disk.
 
     `precision` None is f32, as ONNX Runtime computes, where the device can: left alone, OpenVINO takes bfloat16 on
     processors with AMX, float16 on GPUs, and rounds activations to 8 bits where weights have 8. An NPU knows float16
-    alone. Raises BundleError for a file that it cannot load, BadInput for settings that this machine does not have.
+    alone. "fast" is the first of FASTEST that the device has. Raises BundleError for a file that it cannot load,
+    BadInput for settings that this machine does not have.
     """
     if not path.is_file():
         raise BundleError(f"{path} is missing; rebuild the bundle")
@@ -44,7 +47,7 @@ def load(
     place = AUTO if chosen in ANY_DEVICE else chosen.upper()
     config = _config(place, precision, threads)
     try:
-        model = _core().read_model(path) if place.startswith(FIXED_LENGTHS) else None
+        model = _core().read_model(path) if by_shape or place.startswith(FIXED_LENGTHS) else None
         if model and model.is_dynamic():
             return _graph(path, model, _for_each_shape(path, place, config, cache_dir))
         compiled = _compiled(path, path, place, config, cache_dir)
@@ -62,7 +65,9 @@ def _core() -> openvino.Core:
 def _config(place: str, precision: str | None, threads: int | None) -> dict[str, Any]:
     """OpenVINO's properties for a device."""
     able = [PRECISIONS[name] for name in _core().get_property(place, "OPTIMIZATION_CAPABILITIES") if name in PRECISIONS]
-    check_choice(NAME, "precision", precision, tuple(able))
+    check_choice(NAME, "precision", precision, (*able, FAST))
+    if precision == FAST:
+        precision = next((name for name in FASTEST if name in able), None)
     check_threads(threads)
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if precision or "f32" in able:
@@ -80,7 +85,9 @@ def _compiled(path: Path, model: Path | openvino.Model, place: str, config: dict
     label = f"openvino-{openvino.get_version().split('-')[0]}-{place}"
     hardware = _core().get_property(place, "FULL_DEVICE_NAME")
     with compiled_entry(label, path, [hardware, openvino.get_version(), config], cache_dir) as folder:
-        return _core().compile_model(model, place, config if folder is None else {**config, "CACHE_DIR": str(folder)})
+        kept = {} if folder is None else {"CACHE_DIR": str(folder)}
+        with dropping_pages([path.parent, *([folder] if folder else [])]):
+            return _core().compile_model(model, place, {**config, **kept})
 
 
 def _graph(path: Path, model: openvino.Model | openvino.CompiledModel, run: Callable[[Arrays], Arrays]) -> Graph:

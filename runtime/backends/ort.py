@@ -26,7 +26,7 @@ def devices() -> tuple[str, ...]:
 
 def load(
     path: Path, *, device: str | None = None, threads: int | None = None, cache_dir: Path | None = None,
-    precision: str | None = None,
+    precision: str | None = None, by_shape: bool = False,
 ) -> Graph:
     """Load an .onnx file and what it keeps in external data files beside it, or an .ort file.
 

@@ -94,7 +94,7 @@ def open_pipeline(bundle: Path | None = None, machine: Machine | None = None,
     """The pipeline; says on stderr where a fallback draws, or a head that the bundle was not trained with."""
     file, machine = None if head is None else find_head(head), machine or Machine()
     pipe = Pipeline(Bundle.open(bundle), machine.backend, machine.threads, renderer, file, detector, machine.device,
-                    machine.precision)
+                    machine.precision, machine.memory)
     if pipe.renderer.notice:
         print(f"caphuman: {pipe.renderer.notice}", file=sys.stderr)
     if file not in (None, OPEN_HEAD) and "head" in pipe.bundle:

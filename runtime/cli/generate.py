@@ -66,8 +66,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def opened(args: argparse.Namespace) -> Pipeline:
-    """The pipeline that the flags ask for."""
-    return controls.open_pipeline(args.bundle, chosen_machine(args), args.renderer, args.head, args.detector)
+    """The pipeline that the flags ask for; of few portraits, so that encoders are in the way once they have run."""
+    machine = chosen_machine(args)
+    if machine.memory == "keep":
+        machine = dataclasses.replace(machine, memory="steps")
+    return controls.open_pipeline(args.bundle, machine, args.renderer, args.head, args.detector)
 
 
 def make(args: argparse.Namespace, open_pipe: Callable[[], AbstractContextManager[Pipeline]],
