@@ -1,7 +1,7 @@
 """From photos, heads and a prompt to a portrait. Only this file knows the order of the stages."""
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -15,14 +15,15 @@ from .bundle import Bundle
 from .cache import sha256_of
 from .canvas import Canvas, Known, drawn_cells
 from .condition import condition_maps, landmark_picture
-from .contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS
+from .contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS, TEXT_TOKENS
 from .denoise import Conditions, Denoiser, scales_of, within
 from .errors import BadInput, BundleError
 from .framing import Fit
 from .head import OPEN_HEAD, DecaEncoder, HeadCode, HeadFitter, HeadModel, is_flame, load_head
 from .image import load_photo, resize
-from .machine import FUSED, Machine
+from .machine import EACH_STEP, FUSED, Machine, Memory
 from .noise import cuda_normal
+from .pages import give_back
 from .perceive import Subject, array_sha256, measure_subject
 from .perception import InsightFace, Perception
 from .portrait import Step
@@ -35,24 +36,27 @@ from .tokenizer import Tokenizer
 
 HEAD_ENCODER = "head_encoder"  # DECA: of use to FLAME heads alone
 CONTROL = ("control_encoder", "controlnet")  # the graphs of a second control
+TOGETHER = (*PERCEPTION_GRAPHS, *OFFICIAL_GRAPHS, "preview_decoder")  # small: they put no other graph out of memory
+REMEMBERED = 8  # results of encoders: portraits in a row often share photo or prompt
 REMEDIES = {**dict.fromkeys(CONTROL, "build it with --controlnet"),  # where a bundle lacks a graph
             "tiny_decoder": "leave --decoder out, or build it with --tiny-decoder"}
 Predictor = Callable[[Float32[np.ndarray, "1 c h w"], int], Float32[np.ndarray, "1 c h w"]]
 
 
 class Pipeline:
-    """A bundle ready to use; graphs load when first needed and stay loaded.
+    """A bundle ready to use; graphs load when first needed and stay loaded as long as `memory` says.
 
     `head` is the file of a head model to draw with in place of the bundle's; `detector` is what finds faces, "insight"
-    where the insightface extra and a model pack of the user's are there. Backend, device, threads and precision are
-    `machine.Machine`'s.
+    where the insightface extra and a model pack of the user's are there. Backend, device, threads, precision and
+    memory are `machine.Machine`'s.
     """
 
     def __init__(self, bundle: Bundle, backend: str = "ort", threads: int | None = None,
                  renderer: Literal["auto", "gl", "numpy"] = "auto", head: Path | None = None,
                  detector: Literal["landmarker", "insight"] = "landmarker", device: str | None = None,
-                 precision: str | None = None):
-        self.bundle, self.machine = bundle, Machine(backend, device, threads, precision)
+                 precision: str | None = None, memory: Memory = "keep"):
+        self.bundle = bundle
+        self.machine = Machine(backend, device, threads, precision, memory=memory)
         self.machine.check()
         self.head_file = head or (bundle.file("head") if "head" in bundle else OPEN_HEAD)
         self.head_model: HeadModel = load_head(self.head_file)
@@ -60,6 +64,7 @@ class Pipeline:
         self._insight = InsightFace() if detector == "insight" else None
         self.renderer: Renderer = open_renderer(renderer)  # last: a failure above leaves no context open
         self._graphs: dict[str, Graph] = {}
+        self._encoded: dict[tuple[str, ...], Arrays] = {}
 
     def __enter__(self) -> "Pipeline":
         return self
@@ -95,8 +100,11 @@ class Pipeline:
         """Measure the person in a photo; settings as in `perceive.measure_subject`."""
         pixels = photo if isinstance(photo, np.ndarray) else load_photo(photo)
         config = self.bundle.config
-        return measure_subject(self.see, self.heads, pixels, config.vision.image_size, face, fit,
-                               config.width / config.height)
+        subject = measure_subject(self.see, self.heads, pixels, config.vision.image_size, face, fit,
+                                  config.width / config.height)
+        if self.machine.memory == "stage":
+            self._forget()
+        return subject
 
     def maps(self, head: HeadCode) -> Float32[np.ndarray, "9 h w"]:
         """Normal, albedo and rendered maps of a head in the bundle's frame; a head outside of it is warned of."""
@@ -167,10 +175,30 @@ class Pipeline:
         return np.clip(sample * 127.5 + 127.5, 0, 255).astype(np.uint8).transpose(1, 2, 0)
 
     def graph(self, name: str) -> Graph:
-        """A graph of the bundle, loaded once."""
+        """A graph of the bundle, loaded once, or again where memory is short and another was used since."""
         if name not in self._graphs:
+            if self.machine.memory == "stage" and name not in TOGETHER:
+                self._forget()
+            if self.machine.memory == "steps" and name in EACH_STEP:
+                self._forget(but=EACH_STEP)
             self._graphs[name] = self.machine.load(self.bundle, name)
         return self._graphs[name]
+
+    def _forget(self, but: Collection[str] = ()) -> None:
+        """Let go of graphs, those that measure photos included."""
+        self._graphs = {name: graph for name, graph in self._graphs.items() if name in but}
+        for stage in ("see", "heads"):
+            self.__dict__.pop(stage, None)
+        give_back()
+
+    def _encode(self, name: str, arrays: Arrays) -> Arrays:
+        """What an encoder makes of these arrays, which it may have been given before."""
+        key = name, *map(array_sha256, arrays.values())
+        if key not in self._encoded:
+            self._encoded[key] = self.graph(name)(arrays)
+            for oldest in [*self._encoded][:-REMEMBERED]:
+                del self._encoded[oldest]
+        return dict(self._encoded[key])
 
     def preview(self, latent: Float32[np.ndarray, "1 c h w"]) -> UInt8[np.ndarray, "H W 3"]:
         """A cheap, coarse picture of a clean latent, at full size."""
@@ -217,9 +245,11 @@ class Pipeline:
 
     def _check_tokens(self, conditions: Conditions) -> None:
         """Raise BadInput for prompts longer than what the UNet of this portrait reads, such as Core ML's."""
+        given = conditions.text.shape[1]
+        if given == TEXT_TOKENS:  # which every UNet reads: none need be loaded to ask
+            return
         unet = self.graph(self.machine.denoiser(self.bundle, conditions.split)[-1])
         most = next(spec.shape[1] for spec in unet.inputs if spec.name == "text_tokens")
-        given = conditions.text.shape[1]
         if isinstance(most, int) and given > most:
             raise BadInput(f"the prompts take {given} tokens, this bundle's UNet reads {most} on backend "
                            f"{self.machine.backend}; shorten them, or choose another backend")
@@ -230,9 +260,9 @@ class Pipeline:
             raise BadInput(f"a person's mask has {who.mask.shape[1]}x{who.mask.shape[0]} px, expected "
                            f"{self.bundle.config.width}x{self.bundle.config.height}; scale it to the bundle's frame")
         subject, head = who.subject, who.head or who.subject.head
-        tokens = self.graph("image_encoder")({"pixel_values": subject.face_crop[None]})["last_hidden_state"]
-        person = self.graph("hint_encoder")({"maps": self.maps(head)[None], "image_tokens": tokens,
-                                             "identity": subject.identity[None]})
+        tokens = self._encode("image_encoder", {"pixel_values": subject.face_crop[None]})["last_hidden_state"]
+        person = self._encode("hint_encoder", {"maps": self.maps(head)[None], "image_tokens": tokens,
+                                               "identity": subject.identity[None]})
         del person["mask"]
         return person if who.mask is None else within(person, who.mask)
 
@@ -255,8 +285,8 @@ class Pipeline:
     def _text_tokens(self, settings: Settings) -> Float32[np.ndarray, "b n c"]:
         """The prompt's tokens; with guidance, the negative prompt's before them."""
         texts = [settings.prompt] if settings.guidance == 1 else [settings.negative, settings.prompt]
-        encoder = self.graph("text_encoder")
-        return text_tokens(self.tokenizer, texts, lambda ids: encoder({"input_ids": ids})["last_hidden_state"])
+        return text_tokens(self.tokenizer, texts,
+                           lambda ids: self._encode("text_encoder", {"input_ids": ids})["last_hidden_state"])
 
     def _recipe(self, people: Sequence[Person], settings: Settings, canvas: Canvas | None,
                 control: np.ndarray | None) -> dict[str, Any]:
