@@ -30,7 +30,8 @@ SUFFIX = ".mlpackage"
 PALETTE_BITS = (4, 6, 8)  # what iOS 17 can look up, and is of use
 ALWAYS_FLOAT = ("hint_encoder",)  # its gates are thresholds
 CHUNKED = ("unet",)  # the one graph that is worth two packages
-SINUSOIDS = ("cos", "sin")
+LOUD = ("vae_encoder", "vae_decoder")  # squares of their features may be more than a half holds
+SINUSOIDS, VARIANCE = ("cos", "sin"), ("reduce_mean", "add", "sqrt")  # what follows a square in a norm
 INHERITED = "Inherits the licences of the checkpoints that it was made from."
 
 
@@ -110,7 +111,8 @@ def _convert(module: nn.Module, spec: GraphSpec, package: Path, stored: str, opt
     """Trace and convert into a new package. What it holds in memory is free again afterwards."""
     ct = coremltools()
     half = options.precision == "f16" and spec.name not in ALWAYS_FLOAT
-    precision = ct.transform.FP16ComputePrecision(op_selector=_may_be_half) if half else ct.precision.FLOAT32
+    selector = partial(_may_be_half, spec.name)
+    precision = ct.transform.FP16ComputePrecision(op_selector=selector) if half else ct.precision.FLOAT32
     with quiet(), _quick_collections():
         program = _program(module, spec)
         try:
@@ -144,11 +146,19 @@ def _passes(ct: Any, stored: str, options: CoremlOptions) -> Any:
     return pipeline
 
 
-def _may_be_half(op: Any) -> bool:
-    """All but the angles of the time features, up to 999 radians, and single numbers such as 1 - alpha_bar."""
+def _may_be_half(graph: str, op: Any) -> bool:
+    """All but the angles of the time features, up to 999 radians, single numbers such as 1 - alpha_bar, and variances
+    of what is loud."""
     output = op.outputs[0]
     angle = op.op_type in SINUSOIDS or any(user.op_type in SINUSOIDS for user in output.child_ops)
-    return not angle and np.prod(output.shape) > 1
+    return not angle and np.prod(output.shape) > 1 and not (graph in LOUD and _is_variance(op))
+
+
+def _is_variance(op: Any) -> bool:
+    """Whether an op is a norm's square, its mean, or the root of that."""
+    inputs = (op.inputs.get(name) for name in ("x", "y")) if op.op_type in VARIANCE else ()
+    return op.op_type == "square" or any(given is not None and given.op is not None and _is_variance(given.op)
+                                         for given in inputs)
 
 
 def _dtype(tensor: TensorSpec) -> type:

@@ -1,4 +1,5 @@
 """What the Core ML writer leaves on disk: packages with the contract's tensors that compute what the reference does."""
+import copy
 import dataclasses
 from collections import Counter
 from pathlib import Path
@@ -97,6 +98,15 @@ def test_means_and_log_variances_of_the_vae_encoder_are_checked_apart(micro, wri
     figures = check.check_coreml(path, micro.specs["vae_encoder"], micro.modules["vae_encoder"], 50)
     assert stored == "f16" and figures.keys() == {"latent_mean", "latent_log_variance"}
     assert max(figures.values()) < 100
+
+
+def test_features_whose_squares_no_half_holds_are_decoded(micro, tmp_path):
+    """Those of trained autoencoders; a norm's square of 256 is infinite in halves."""
+    loud, spec = copy.deepcopy(micro.modules["vae_decoder"]), micro.specs["vae_decoder"]
+    for parameter in next(part for name, part in loud.named_modules() if name.endswith("conv_in")).parameters():
+        parameter.mul_(1000)
+    write_coreml(loud, spec, tmp_path / "loud.mlpackage", MAC)
+    assert check.check_coreml(tmp_path / "loud.mlpackage", spec, loud, 50)["sample"] < 100
 
 
 @pytest.mark.parametrize("name", sorted(GRAPHS.keys() - {"unet_chunk1", "unet_chunk2"}))
