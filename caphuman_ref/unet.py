@@ -4,7 +4,7 @@ Module and parameter names equal those of the official checkpoints (`input_block
 Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models".
 """
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -112,10 +112,15 @@ class ResBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """One transformer layer over the pixels of a feature map, around a skip connection."""
+    """One transformer layer over the pixels of a feature map, around a skip connection.
 
-    def __init__(self, config: UNetConfig, width: int):
+    With `pooling` the mean of each square of so many cells is one key and value of self-attention, so that each query
+    sees fewer: an approximation, as in pyramid vision transformers (Wang et al. 2021, "PVT v2", linear attention).
+    """
+
+    def __init__(self, config: UNetConfig, width: int, pooling: int = 1):
         super().__init__()
+        self.pooling = pooling
         self.norm = nn.GroupNorm(config.norm_groups, width, eps=TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(config, width)])
@@ -124,8 +129,14 @@ class SpatialTransformer(nn.Module):
     def forward(self, hidden: Float[Tensor, "b c h w"], context: Float[Tensor, "b n ctx"]) -> Float[Tensor, "b c h w"]:
         tokens = self.proj_in(self.norm(hidden)).flatten(2).transpose(1, 2)  # (B, H*W, C)
         for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+            tokens = block(tokens, context, lambda seen: self._pooled(seen, hidden))
         return hidden + self.proj_out(tokens.transpose(1, 2).reshape(hidden.shape))
+
+
+    def _pooled(self, tokens: Float[Tensor, "b p c"], hidden: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k c"]:
+        if self.pooling == 1:
+            return tokens
+        return F.avg_pool2d(tokens.transpose(1, 2).reshape(hidden.shape), self.pooling).flatten(2).transpose(1, 2)
 
 
 class TransformerBlock(nn.Module):
@@ -138,9 +149,11 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(width, config.context_width, config.num_heads)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
 
-    def forward(self, tokens: Float[Tensor, "b p c"], context: Float[Tensor, "b n ctx"]) -> Float[Tensor, "b p c"]:
+    def forward(self, tokens: Float[Tensor, "b p c"], context: Float[Tensor, "b n ctx"],
+                pooled: Callable[[Tensor], Tensor]) -> Float[Tensor, "b p c"]:
+        """`pooled` makes of tokens those that self-attention attends to."""
         normed = self.norm1(tokens)
-        tokens = tokens + self.attn1(normed, normed)
+        tokens = tokens + self.attn1(normed, pooled(normed))
         tokens = tokens + self.attn2(self.norm2(tokens), context)
         return tokens + self.ff(self.norm3(tokens))
 
@@ -261,7 +274,8 @@ def _output_blocks(config: UNetConfig) -> Iterator[Block]:
 def _level_layers(config: UNetConfig, level: int, inputs: int, outputs: int) -> list[nn.Module]:
     layers: list[nn.Module] = [ResBlock(config, inputs, outputs)]
     if level in config.attention_levels:
-        layers.append(SpatialTransformer(config, outputs))
+        finest = level == min(config.attention_levels)
+        layers.append(SpatialTransformer(config, outputs, config.key_pooling if finest else 1))
     return layers
 
 

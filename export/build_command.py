@@ -80,6 +80,9 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
                        "takes them apart always, and a ControlNet needs them apart, too")
     group.add_argument("--size", type=size, default=None, metavar="WxH",
                        help="of the portraits, px, 256 to 1024 in steps of 64 (default: 512x512)")
+    group.add_argument("--pool-keys", type=int, choices=(1, 2, 4), default=1, metavar="N", help="an approximation for "
+                       "speed: the mean of N x N cells is one key of the finest self-attention, 2 or 4; compare with "
+                       "'caphuman fidelity' (default: 1, exact)")
     group.add_argument("--phone", action="store_true", help="Core ML packages for phones: the Neural Engine's form of "
                        "attention, weights of 6 bits, the UNet in two chunks")
     group.add_argument("--name", type=_name, help="of the bundle (default: that of its folder)")

@@ -31,7 +31,8 @@ def config_of(args: argparse.Namespace) -> Config:
     """The sizes of the model that is asked for."""
     config = RANDOM[args.random_weights or "full"]
     width, height = args.size or (config.width, config.height)
-    return dataclasses.replace(config, width=width, height=height)
+    unet = dataclasses.replace(config.unet, key_pooling=args.pool_keys)
+    return dataclasses.replace(config, width=width, height=height, unet=unet)
 
 
 def gather(args: argparse.Namespace, config: Config, schedule: Schedule,

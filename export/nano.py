@@ -60,11 +60,12 @@ def main() -> int:
     parser.add_argument("--perception", type=Path, required=True, help="folder written by export.perception")
     parser.add_argument("--format", type=listed_formats, default=("onnx",), metavar="F,..", dest="formats",
                         help=f"one or several of {', '.join(FORMATS)} (default: onnx)")
+    parser.add_argument("--pool-keys", type=int, choices=(1, 2, 4), default=1, help="as in 'caphuman build'")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     facts = read_metadata(options.weights)
     schedule = schedule_of(facts, str(options.weights))
-    model = load_nano(options.weights, options.vae)
+    model = load_nano(options.weights, options.vae, options.pool_keys)
     tiny = load_tiny(options.tiny, model.config) if options.tiny else None
     folders = {"model": options.weights, "vae": options.vae, **({"tiny": options.tiny} if options.tiny else {})}
     hashes = {f"{part}/{path.name}": digest for part, folder in folders.items()

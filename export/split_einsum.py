@@ -35,6 +35,7 @@ class ChannelsFirstTransformer(SpatialTransformer):
 
     def __init__(self, original: SpatialTransformer):
         nn.Module.__init__(self)  # not the parent's, which would make weights of its own
+        self.pooling = original.pooling
         self.norm, self.proj_in, self.proj_out = original.norm, original.proj_in, original.proj_out
         blocks = (_TransformerBlock(block) for block in original.transformer_blocks
                   if isinstance(block, TransformerBlock))
@@ -45,8 +46,13 @@ class ChannelsFirstTransformer(SpatialTransformer):
         tokens = self.proj_in(self.norm(hidden)).flatten(2)[:, :, None]  # (B, C, 1, H*W)
         channels_first = _channels_first(context)
         for block in self.transformer_blocks:
-            tokens = block(tokens, channels_first)
+            tokens = block(tokens, channels_first, lambda seen: self._pooled(seen, hidden))
         return hidden + self.proj_out(tokens.reshape(hidden.shape))
+
+    def _pooled(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        if self.pooling == 1:
+            return tokens
+        return F.avg_pool2d(tokens.reshape(hidden.shape), self.pooling).flatten(2)[:, :, None]  # (B, C, 1, fewer)
 
 
 class ChannelsFirstEncoder(nn.Module):
@@ -73,9 +79,10 @@ class _TransformerBlock(nn.Module):
                                               (original.norm1, original.norm2, original.norm3))
         self.widen, self.narrow = _pointwise(original.ff.net[0].proj), _pointwise(original.ff.net[2])
 
-    def forward(self, tokens: Float[Tensor, "b c 1 p"], context: Float[Tensor, "b ctx 1 n"]) -> Tensor:
+    def forward(self, tokens: Float[Tensor, "b c 1 p"], context: Float[Tensor, "b ctx 1 n"],
+                pooled: Callable[[Tensor], Tensor]) -> Tensor:
         normed = self.norm1(tokens)
-        tokens = tokens + self.attn1(normed, normed)
+        tokens = tokens + self.attn1(normed, pooled(normed))
         tokens = tokens + self.attn2(self.norm2(tokens), context)
         value, gate = self.widen(self.norm3(tokens)).chunk(2, dim=1)
         return tokens + self.narrow(value * F.gelu(gate))

@@ -31,6 +31,7 @@ class UNetConfig:
     context_width: int = 768
     hint_channels: int = 9  # normal, albedo, rendered
     hint_widths: tuple[int, ...] = (16, 32, 96, 256)
+    key_pooling: int = 1  # edge of the squares whose mean is one key and value of the finest self-attention; 1 is exact
     prediction: str = "eps"  # what the last layer gives; of "v" the UNet makes eps, so graphs and samplers see eps
 
 

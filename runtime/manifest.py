@@ -81,8 +81,7 @@ def parse(text: str) -> Manifest:
         raise BundleError(f"bundle.json has format {data.get('format')!r}, expected {FORMAT}; {REBUILD}")
     fields = _record(data, "bundle.json", format=int, name=str, config=dict, schedule=dict, components=dict,
                      provenance=dict, licences=dict)
-    given = {"tiny_channels": FULL.tiny_channels, **fields["config"]}  # which bundles of before lack
-    config = Config.from_json(_like(given, FULL.to_json(), "config"))
+    config = Config.from_json(_like(_completed(fields["config"]), FULL.to_json(), "config"))
     schedule = _schedule(fields["schedule"])
     components = {name: _component(data, f"components.{name}") for name, data in fields["components"].items()}
     _check_contract(config, components)
@@ -210,6 +209,13 @@ def _record(data: object, where: str, **kinds: type) -> dict[str, Any]:
         if type(data[key]) is not kind:
             raise BundleError(f"bundle.json: {where}.{key} is {data[key]!r:.40}, expected a {kind.__name__}; {REBUILD}")
     return data
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """The sizes with what bundles of before lack."""
+    unet = config.get("unet")
+    newer = {"unet": {"key_pooling": FULL.unet.key_pooling, **unet}} if isinstance(unet, dict) else {}
+    return {"tiny_channels": FULL.tiny_channels, **config, **newer}
 
 
 def _like(data: object, pattern: dict[str, Any], where: str) -> dict[str, Any]:

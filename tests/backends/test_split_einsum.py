@@ -18,8 +18,8 @@ REWRITTEN = ("unet", "capface", "controlnet", "denoiser", "text_encoder", "image
 
 @pytest.fixture(scope="module")
 def two_heads(micro):
-    """The micro model with two heads everywhere, in which no layer norm is trivial, and its graphs' specs."""
-    config = dataclasses.replace(micro.config, unet=dataclasses.replace(micro.config.unet, num_heads=2),
+    """The micro model with two heads everywhere, pooled keys and no trivial layer norm, and its graphs' specs."""
+    config = dataclasses.replace(micro.config, unet=dataclasses.replace(micro.config.unet, num_heads=2, key_pooling=2),
                                  text=dataclasses.replace(micro.config.text, heads=2),
                                  vision=dataclasses.replace(micro.config.vision, heads=2))
     model = CapHuman(config, pose_net=True).eval().requires_grad_(False)

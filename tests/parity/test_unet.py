@@ -9,7 +9,7 @@ from torch import nn
 from caphuman_edge.ref.caphuman import face_gates
 from caphuman_edge.ref.checkpoints import load_strictly
 from caphuman_edge.ref.sampler import alphas_cumprod
-from caphuman_edge.ref.unet import UNet, sinusoids
+from caphuman_edge.ref.unet import SpatialTransformer, UNet, sinusoids
 from caphuman_edge.runtime.contract import NANO, RESIDUALS, TINY, residual_levels
 
 
@@ -106,3 +106,32 @@ def test_a_fresh_unet_of_any_size_predicts_zero(config):
     unet = UNet(config)
     latent, text = torch.randn(1, 4, 16, 8), torch.randn(1, 77, config.context_width)
     assert not unet(latent, torch.tensor([500.0]), text).any()
+
+
+def test_pooled_keys_are_means_of_squares_and_the_finest_attention_alone_has_them(suite, unet):
+    config = dataclasses.replace(TINY.unet, key_pooling=2)
+    pooled = UNet(config)
+    load_strictly(pooled, unet.state_dict(), "the exact one's")
+    layers = [layer for layer in pooled.modules() if isinstance(layer, SpatialTransformer)]
+    assert [layer.pooling for layer in layers].count(2) == 5  # of SD-1.5's shape: two on the way down, three up
+    hidden, context = torch.randn(1, 32, 4, 6), torch.randn(1, 77, 64)
+    finest = next(layer for layer in layers if layer.pooling == 2)
+    keys = []
+    finest.transformer_blocks[0].attn1.to_k.register_forward_hook(lambda _, inputs, __: keys.append(inputs[0]))
+    normed = []
+    finest.transformer_blocks[0].norm1.register_forward_hook(lambda _, __, output: normed.append(output))
+    finest(hidden, context)
+    squares = normed[0].reshape(1, 2, 2, 3, 2, 32).mean(dim=(2, 4)).reshape(1, 6, 32)
+    assert torch.allclose(keys[0], squares, atol=1e-6)
+
+
+def test_pooling_where_cells_are_alike_changes_nothing():
+    exact = SpatialTransformer(TINY.unet, 32).eval()
+    pooled = SpatialTransformer(TINY.unet, 32, pooling=2).eval()
+    pooled.load_state_dict(exact.state_dict())
+    torch.nn.init.normal_(exact.proj_out.weight), pooled.load_state_dict(exact.state_dict())
+    coarse, context = torch.randn(1, 32, 3, 3), torch.randn(1, 77, 64)
+    alike = coarse.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert torch.allclose(pooled(alike, context), exact(alike, context), atol=1e-5)
+    mixed = torch.randn(1, 32, 6, 6)
+    assert not torch.allclose(pooled(mixed, context), exact(mixed, context), atol=1e-3)
