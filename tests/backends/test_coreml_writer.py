@@ -103,7 +103,7 @@ def test_means_and_log_variances_of_the_vae_encoder_are_checked_apart(micro, wri
 def test_features_whose_squares_no_half_holds_are_decoded(micro, tmp_path):
     """Those of trained autoencoders; a norm's square of 256 is infinite in halves."""
     loud, spec = copy.deepcopy(micro.modules["vae_decoder"]), micro.specs["vae_decoder"]
-    for parameter in next(part for name, part in loud.named_modules() if name.endswith("conv_in")).parameters():
+    for parameter in loud.autoencoder.decoder.conv_in.parameters():
         parameter.mul_(1000)
     write_coreml(loud, spec, tmp_path / "loud.mlpackage", MAC)
     assert check.check_coreml(tmp_path / "loud.mlpackage", spec, loud, 50)["sample"] < 100
