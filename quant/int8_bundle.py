@@ -17,21 +17,21 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from caphuman_edge import export, quant
 from caphuman_edge.export.assemble import link_file
 from caphuman_edge.export.check import Case, check_cases, load_cases, save_cases
 from caphuman_edge.export.coreml_writer import SUFFIX
 from caphuman_edge.export.onnx_writer import WEIGHTS, save
 from caphuman_edge.export.parts import FACTS, Facts, Part, Parts
 from caphuman_edge.export.stages import COREML_FILE, OPENVINO_FILE, RUN_BY
-from caphuman_edge.quant import calibration, histogram, ranges, rewrite
 from caphuman_edge.quant.calibration import drawn_photos, photos_in, record, recorded
 from caphuman_edge.quant.coreml_int8 import packages_at, rewrite_package
 from caphuman_edge.quant.graph_reader import read_graph
 from caphuman_edge.quant.int8_cases import denoiser_cases, halved, single, stored_case
 from caphuman_edge.quant.int8_command import PORTRAITS
-from caphuman_edge.quant.ranges import grids, load_histograms, observe, save_histograms
+from caphuman_edge.quant.ranges import Histograms, grids, load_histograms, observe, save_histograms
 from caphuman_edge.quant.recipe import DENOISER, FOLDER, Recipe, read_recipe
-from caphuman_edge.quant.rewrite import layers_of, quantize_model
+from caphuman_edge.quant.rewrite import LayerGrids, layers_of, quantize_model
 from caphuman_edge.runtime.backends import Graph, open_backend
 from caphuman_edge.runtime.bundle import Bundle, check_target, new_bundle, record_files, write_manifest
 from caphuman_edge.runtime.cache import sha256_of
@@ -142,8 +142,8 @@ class _Maker:
         """What decides each part."""
         photos = sha256_of(file for place in self.data.photos
                            for file in (sorted(place.iterdir()) if place.is_dir() else [place]) if file.is_file())
-        code = [Path(module.__file__ or "").read_text() for module in (calibration, histogram, ranges, rewrite)]
-        common = [self.plan.bundle.digest, list(photos.values()), self.data.portraits, code]
+        code = sha256_of(file for package in (export, quant) for file in sorted(Path(package.__path__[0]).glob("*.py")))
+        common = [self.plan.bundle.digest, list(photos.values()), self.data.portraits, list(code.values())]
         return {name: hashlib.sha256(json.dumps([name, common, self._recipe_text(name)]).encode()).hexdigest()
                 for name in self.names()}
 
@@ -182,7 +182,7 @@ class _Maker:
 
     def _ranges(self, folder: Path) -> Facts:
         samples = self.done["samples"].folder
-        found: ranges.Histograms = {}
+        found: Histograms = {}
         for graph in self.plan.denoiser():
             found |= observe(self.plan.onnx(graph), partial(recorded, samples, graph), self.threads,
                              self.report)
@@ -199,7 +199,7 @@ class _Maker:
 
     def _rewrite(self, graphs: Mapping[str, str], folder: Path, recipe: Recipe) -> Facts:
         """Graphs of one folder, by file."""
-        found = grids(load_histograms(self.done["ranges"].folder / "histograms.npz"), recipe.clip, recipe.affine)
+        found = self._grids(recipe)
         models, counts = {}, dict[str, Any]()
         for file, graph in graphs.items():
             models[file] = read_graph(self.plan.onnx(graph))
@@ -219,13 +219,16 @@ class _Maker:
 
     def _coreml(self, graph: str, folder: Path) -> Facts:
         recipe, counts = self.plan.recipes["coreml"], dict[str, Any]()
-        found = grids(load_histograms(self.done["ranges"].folder / "histograms.npz"), recipe.clip, affine=False)
+        found = self._grids(dataclasses.replace(recipe, affine=False))  # whatever it says: Core ML has no zero points
         names = [layer.name for layer in layers_of(ir.load(self.plan.onnx(graph)).graph)]
         for package in packages_at(self.plan.bundle.file(graph, "coreml")):
             counts |= {package.name: rewrite_package(package, folder / package.name, names,
                                                      partial(recipe.treatment, graph), found,
                                                      recipe.precision(graph))}
         return counts
+
+    def _grids(self, recipe: Recipe) -> Mapping[str, LayerGrids]:
+        return grids(load_histograms(self.done["ranges"].folder / "histograms.npz"), recipe.clip, recipe.affine)
 
     def _check(self, stage: str, graph: str, folder: Path) -> Facts:
         kind = stage.removesuffix(" check")
