@@ -1,5 +1,6 @@
 """OpenVINO: Intel's CPUs, GPUs and NPUs, and other CPUs. Reads its own format and ONNX."""
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ DTYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "i64": "int64", 
           "i8": "int8", "boolean": "bool"}
 PRECISIONS = {"FP32": "f32", "BF16": "bf16", "FP16": "f16"}  # as OpenVINO's devices name what they compute in
 FASTEST = ("bf16", "f16", "f32")  # of what a device has units for
+ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"  # variable by which users hold back the CPU's newest instructions
 FIXED_LENGTHS = ("NPU",)  # devices that compile for definite lengths alone
 AUTO = "AUTO"  # OpenVINO's own choice among the devices
 NOISE = ("Exception from ", "Check '")  # how lines of its messages begin that tell a user nothing
@@ -84,7 +86,8 @@ def _compiled(path: Path, model: Path | openvino.Model, place: str, config: dict
     """Compile a graph, or take it from the cache; OpenVINO keeps it under a name of its own in our folder."""
     label = f"openvino-{openvino.get_version().split('-')[0]}-{place}"
     hardware = _core().get_property(place, "FULL_DEVICE_NAME")
-    with compiled_entry(label, path, [hardware, openvino.get_version(), config], cache_dir) as folder:
+    decides = [hardware, os.environ.get(ISA_LIMIT), openvino.get_version(), config]
+    with compiled_entry(label, path, decides, cache_dir) as folder:
         kept = {} if folder is None else {"CACHE_DIR": str(folder)}
         with dropping_pages([path.parent, *([folder] if folder else [])]):
             return _core().compile_model(model, place, {**config, **kept})
