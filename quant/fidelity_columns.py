@@ -1,4 +1,5 @@
 """What fidelity compares: a column is a bundle on a backend with a schedule, the reference is one of them."""
+import dataclasses
 import hashlib
 import json
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 from caphuman_edge.runtime.backends import BACKENDS, EXTRAS, open_backend
 from caphuman_edge.runtime.bundle import MANIFEST, Bundle
+from caphuman_edge.runtime.contract import Config
 from caphuman_edge.runtime.errors import BadInput
 from caphuman_edge.runtime.machine import EACH_STEP, Machine
 from caphuman_edge.runtime.manifest import FORMATS
@@ -60,6 +62,12 @@ class Column:
                 "precision": m.precision}
 
 
+def _sizes(config: Config) -> Config:
+    """The config without what two forms of one model may differ in: pooled keys, and a tiny decoder's width."""
+    unet = dataclasses.replace(config.unet, key_pooling=1)
+    return dataclasses.replace(config, unet=unet, tiny_channels=Config.tiny_channels)
+
+
 def columns(bundle: Bundle, reference: Bundle, backends: Sequence[str], schedules: Sequence[str],
             threads: int | None = None) -> list[Column]:
     """The reference first, on ONNX Runtime in float32 with its own schedule; then backends times schedules.
@@ -67,7 +75,7 @@ def columns(bundle: Bundle, reference: Bundle, backends: Sequence[str], schedule
     A candidate that is the reference itself is left out. Raises BadInput where nothing is left, for what is written
     wrongly, and where the bundles are of different sizes.
     """
-    if bundle.config != reference.config:
+    if _sizes(bundle.config) != _sizes(reference.config):
         raise BadInput(f"{bundle.root} and {reference.root} are of different sizes, expected two forms of one model; "
                        "name another bundle with --against")
     labels = _labels(bundle, reference)
