@@ -1,4 +1,4 @@
-"""Calibration data: what the denoiser reads on its way from noise to portrait, in the shipped pipeline and schedule."""
+"""Calibration data: what denoiser and decoder read on the way from noise to portrait, in the shipped schedule."""
 import dataclasses
 import re
 import tarfile
@@ -24,6 +24,8 @@ Photo = UInt8[np.ndarray, "h w 3"]
 POSES = ((-35.0, 0.0, 0.0), (30.0, 8.0, 0.0), (-15.0, -10.0, 5.0), (0.0, 0.0, 0.0), (18.0, -6.0, -8.0),
          (-25.0, 10.0, 0.0), (8.0, 14.0, 3.0), (38.0, 0.0, 6.0))  # yaw, pitch, roll in degrees; taken in turns
 SEED = 20260  # of prompts and noise
+DECODER = "vae_decoder"
+NOTED = (*DENOISER, DECODER)  # graphs whose calls are recorded
 STEPS = 10  # recorded of a portrait, at most; others of the next one
 DRAWN_TRIES = 4  # seeds for each portrait that is drawn, since some show no face
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp")
@@ -33,7 +35,7 @@ TRAINING_PICTURE = re.compile(r"(\d{5})(_[ab])?\.jpg")
 
 def record(bundle: Bundle, photos: Iterator[Photo], portraits: int, folder: Path, threads: int | None = None,
            report: Callable[[str], None] = lambda line: None) -> int:
-    """Draw portraits of people in the photos and write what the denoiser reads to `folder`, a file a call.
+    """Draw portraits of people in the photos and write what denoiser and decoder read to `folder`, a file a call.
 
     Heads and prompts vary from portrait to portrait. Returns how many portraits were drawn, which are fewer where the
     photos end. Raises BadInput where no photo shows a face.
@@ -54,6 +56,8 @@ def record(bundle: Bundle, photos: Iterator[Photo], portraits: int, folder: Path
             pipe.keeps = drawn % stride == 0  # a step's graphs run before the step is given
             for step in steps:
                 pipe.keeps = (step.index + 1 + drawn) % stride == 0
+            pipe.keeps = True
+            pipe.decode(step.latent, DECODER)
             drawn += 1
             report(f"calibration portrait {drawn} of {portraits}")
     if not drawn:
@@ -93,7 +97,7 @@ def drawn_photos(count: int) -> Iterator[Photo]:
 
 
 class _Recorder(Pipeline):
-    """A pipeline that notes what the denoiser's graphs are given, while `keeps` is set."""
+    """A pipeline that notes what the NOTED graphs are given, while `keeps` is set."""
 
     def __init__(self, bundle: Bundle, folder: Path, threads: int | None):
         super().__init__(bundle, threads=threads)
@@ -101,7 +105,7 @@ class _Recorder(Pipeline):
 
     def graph(self, name: str) -> Graph:
         graph = super().graph(name)
-        return dataclasses.replace(graph, run=self._noting(name, graph)) if name in DENOISER else graph
+        return dataclasses.replace(graph, run=self._noting(name, graph)) if name in NOTED else graph
 
     def _noting(self, name: str, graph: Graph) -> Callable[[Arrays], Arrays]:
         def run(arrays: Arrays) -> Arrays:

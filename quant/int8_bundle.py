@@ -24,10 +24,10 @@ from caphuman_edge.export.coreml_writer import SUFFIX
 from caphuman_edge.export.onnx_writer import WEIGHTS, save
 from caphuman_edge.export.parts import FACTS, Facts, Part, Parts
 from caphuman_edge.export.stages import COREML_FILE, OPENVINO_FILE, RUN_BY
-from caphuman_edge.quant.calibration import drawn_photos, photos_in, record, recorded
+from caphuman_edge.quant.calibration import DECODER, NOTED, drawn_photos, photos_in, record, recorded
 from caphuman_edge.quant.coreml_int8 import packages_at, rewrite_package
 from caphuman_edge.quant.graph_reader import read_graph
-from caphuman_edge.quant.int8_cases import denoiser_cases, halved, single, stored_case
+from caphuman_edge.quant.int8_cases import decoder_cases, denoiser_cases, halved, single, stored_case
 from caphuman_edge.quant.int8_command import PORTRAITS
 from caphuman_edge.quant.ranges import Histograms, grids, load_histograms, observe, save_histograms
 from caphuman_edge.quant.recipe import DENOISER, FOLDER, Recipe, read_recipe
@@ -183,7 +183,8 @@ class _Maker:
     def _ranges(self, folder: Path) -> Facts:
         samples = self.done["samples"].folder
         found: Histograms = {}
-        for graph in self.plan.denoiser():
+        decoder = [DECODER] * any(recipe.rounds(DECODER) for recipe in self.plan.recipes.values())
+        for graph in (*self.plan.denoiser(), *decoder):
             found |= observe(self.plan.onnx(graph), partial(recorded, samples, graph), self.threads,
                              self.report)
         save_histograms(found, folder / "histograms.npz")
@@ -192,6 +193,8 @@ class _Maker:
     def _answers(self, graph: str, folder: Path) -> Facts:
         if graph in DENOISER:
             cases = denoiser_cases(graph, self.done["samples"].folder, self._load)
+        elif graph == DECODER:
+            cases = decoder_cases(graph, self.done["samples"].folder, self._load(graph))
         else:
             cases = [stored_case(self.plan.bundle.file(SELFTEST), graph, self._load(graph))]
         save_cases(cases, folder / "cases.npz")
@@ -309,10 +312,10 @@ def _form(bundle: Bundle, form: Form, made: list[str], folder: Path) -> Form:
 
 
 def _write_selftest(bundle: Bundle, maker: _Maker, folder: Path) -> None:
-    """The float bundle's, but of the denoiser a call of a real trajectory: grids are made for those."""
+    """The float bundle's, but of denoiser and decoder a call of a real trajectory: grids are made for those."""
     with np.load(bundle.file(SELFTEST), allow_pickle=False) as stored:
         rows = {name: stored[name] for name in stored.files}
-    for graph in {graph for _, graph in maker.plan.forms if graph in DENOISER}:
+    for graph in {graph for _, graph in maker.plan.forms if graph in NOTED}:
         cases = maker.cases(graph)
         case = cases[len(cases) // 2]
         rows = {name: row for name, row in rows.items() if not name.startswith(f"{graph}/")}

@@ -1,6 +1,7 @@
 """What int8 graphs are compared with the float ones on: recorded calls of the denoiser, and the self-test's inputs."""
 import dataclasses
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,12 @@ def denoiser_cases(graph: str, samples: Path, load: Load) -> list[Case]:
         inputs = {spec.name: _coarse(arrays[spec.name]) for spec in network.inputs}
         cases.append(Case(inputs, network(inputs)))
     return cases
+
+
+def decoder_cases(graph: str, samples: Path, network: Graph) -> list[Case]:
+    """Inputs of the decoder at the end of trajectories, and what the float graph makes of them."""
+    inputs = ({name: _coarse(array) for name, array in arrays.items()} for arrays in recorded(samples, graph))
+    return [Case(arrays, network(arrays)) for arrays in islice(inputs, CALLS)]
 
 
 def stored_case(selftest: Path, graph: str, network: Graph) -> Case:

@@ -44,6 +44,10 @@ class Recipe:
         """Whether a graph has rules."""
         return bool(self._of(graph))
 
+    def rounds(self, graph: str) -> bool:
+        """Whether any layer of a graph may get int8 activations."""
+        return any(kind == "int8" for kind, _ in self._of(graph))
+
     def precision(self, graph: str) -> str:
         """What a bundle calls the stored weights of a graph that it changes."""
         return "palettised-mixed" if any(palette_bits(kind) for kind, _ in self._of(graph)) else "int8"
