@@ -2,7 +2,7 @@
 
     python -m benchmarks.growth BUNDLE ... [--backend openvino] [--json]
 
-Bundles of several sizes, such as `caphuman build --random-weights nano --denoiser both --size 384x384` writes; steps and
+Bundles of several sizes, such as `caphuman build --random-weights nano --denoiser both --size 384x384` makes; steps and
 people are varied with the first. Each case is a process of its own; they take turns, medians of the rounds count.
 """
 import argparse

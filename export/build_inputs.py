@@ -68,12 +68,13 @@ def _random(args: argparse.Namespace, config: Config, report: Report) -> tuple[W
     home, control = random_folder(args.out), args.controlnet == RANDOM_CONTROLNET
     name = f"{args.random_weights}-{args.seed}" + ("-controlnet" if control else "")
     folder, scratch = home / name, home / "writing"
-    if not folder.is_dir():
+    tiny = folder / "tiny_decoder.safetensors"
+    files = WeightFiles(folder / "caphuman.ckpt", folder / "v1-5.safetensors", folder / "vae.safetensors",
+                        folder / "controlnet.safetensors" if control else None, tiny)
+    if not tiny.is_file():  # an earlier version wrote none
         shutil.rmtree(home, ignore_errors=True)
         write_checkpoints(scratch, config, args.seed, report, controlnet=control)
         scratch.rename(folder)
-    files = WeightFiles(folder / "caphuman.ckpt", folder / "v1-5.safetensors", folder / "vae.safetensors",
-                        folder / "controlnet.safetensors" if control else None, folder / "tiny_decoder.safetensors")
     return files, [random_identity(config, folder, args.seed)]
 
 
