@@ -32,6 +32,8 @@ from caphuman_edge.runtime.image import save_png
 
 Row = dict[str, Any]
 OFFICIAL_STEPS, GUIDED, FEW = 20, 2, 4
+KEYS = ("end_to_end_ratio", "end_to_end_ratio_kl", "same_schedule_ratio", "preview_s", "int8_step_s",
+        "step_over_ceiling", "peak_rss_gb", "peak_rss_low_gb", "cached_start_s", "low_memory_portrait_s")
 MEASURED = 3  # guided steps of (b)
 ENCODERS = ("text_encoder", "image_encoder", "hint_encoder")
 BELOW_AMX = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}  # as most laptops are; of older instruction sets AVX2_VNNI
@@ -206,8 +208,7 @@ def _lines(report: Row) -> Iterator[str]:
     for row in rows:
         yield f"| {row} | {' | '.join(f'{report[key][row]:.2f}' for key in columns.values())} |"
     yield ""
-    for key in ("end_to_end_ratio", "end_to_end_ratio_kl", "same_schedule_ratio", "preview_s", "int8_step_s", "step_over_ceiling",
-                "peak_rss_gb", "peak_rss_low_gb", "cached_start_s", "low_memory_portrait_s"):
+    for key in KEYS:
         yield f"- {key}: {report[key]:.2f}"
     kinds = ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in report["ceiling"]["by_kind_s"].items())
     yield f"- the ceiling is {report['ceiling']['ceiling_s']:.2f} s: {kinds}"
