@@ -315,6 +315,15 @@ def test_an_altered_bundle_is_refused_by_its_hash(generate_refused, photo, bundl
     assert str(graph) in message and "sha256" in message
 
 
+def test_a_decoder_that_the_bundle_lacks_is_refused(generate_refused, photo, bundle_copy):
+    described = json.loads((bundle_copy / "bundle.json").read_text())
+    described["components"].pop("tiny_decoder")
+    rewritten(bundle_copy / "bundle.json", json.dumps(described).encode())
+    message = generate_refused(photo, "--bundle", bundle_copy, "--decoder", "tiny")
+    assert "has no tiny_decoder, which this needs; leave --decoder out, or build it with --tiny-decoder" in message
+    assert "--decoder: invalid choice: 'best'" in generate_refused(photo, "--decoder", "best")
+
+
 def test_a_folder_that_is_no_bundle_is_refused(generate_refused, photo, tmp_path):
     assert "is not a bundle" in generate_refused(photo, "--bundle", tmp_path)
 

@@ -70,13 +70,14 @@ def pictures(folder) -> dict[str, tuple[int, int]]:
 
 def test_a_job_makes_what_generate_makes_of_the_same_flags(batch, caphuman, write_jobs, photo, folder):
     write_jobs({"id": "anna", "photo": "../photo.png", "yaw": -20, "expression": {"mouthSmile": 0.7, "jawOpen": 0.2},
-                "light": [-40, 20], "prompt": "-- a person", "seed": 6, "count": 2, "negative": None})
+                "light": [-40, 20], "prompt": "-- a person", "seed": 6, "count": 2, "negative": None,
+                "decoder": "tiny"})
     done = batch()
     assert (done.code, done.out) == (0, "")
     assert done.err == "caphuman: 1 done, 0 failed, 0 done before: see out/ledger.jsonl\n"
     assert sorted(pictures(folder)) == ["anna-1.png", "anna-2.png"]
     caphuman("generate", photo, "--yaw", -20, "--expression", "mouthSmile=0.7", "jawOpen=0.2", "--light", "-40,20",
-             "--prompt=-- a person", "--seed", 7, "--steps", 1, *QUICK)
+             "--prompt=-- a person", "--seed", 7, "--steps", 1, "--decoder", "tiny", *QUICK)
     np.testing.assert_array_equal(load_photo(folder / "out" / "anna-2.png"), load_photo(folder / "portrait.png"))
     told, expected = (json.loads(read_metadata(file, "caphuman"))
                       for file in (folder / "out" / "anna-2.png", folder / "portrait.png"))

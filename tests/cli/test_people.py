@@ -79,6 +79,15 @@ def test_a_portrait_is_made_again_byte_by_byte_from_its_recipe(caphuman, photo, 
     assert (pixels(folder / "other.jpg") != pixels(folder / "first.jpg")).any()
 
 
+def test_a_recipe_remembers_the_decoder(caphuman, photo, folder):
+    caphuman("generate", photo, "--decoder", "tiny", "--out", "first.png", *QUICK)
+    assert recipe(folder / "first.png")["decoder"] == "tiny"
+    caphuman("generate", "--recipe", "first.png", photo, "--out", "again.png", "--renderer", "numpy")
+    caphuman("generate", photo, "--out", "kl.png", *QUICK)
+    first, again, other = (pixels(folder / f"{name}.png") for name in ("first", "again", "kl"))
+    assert (first == again).all() and (first != other).any()
+
+
 def test_another_photo_than_the_recipes_is_warned_of(caphuman, photo, mirrored, folder):
     caphuman("generate", photo, "--out", "first.png", *QUICK)
     done = caphuman("generate", "--recipe", "first.png", mirrored, "--out", "again.png", "--renderer", "numpy")

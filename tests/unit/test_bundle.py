@@ -281,6 +281,11 @@ def test_a_bundle_may_be_read_by_those_who_may_read_the_folder_beside_it(folder,
     assert folder.stat().st_mode == (tmp_path / "beside").stat().st_mode
 
 
+def test_a_bundle_of_before_there_was_a_fast_decoder_opens(folder):
+    edit(folder, lambda data: data["config"].pop("tiny_channels"))
+    assert Bundle.open(folder).config.tiny_channels == 64
+
+
 def test_a_bundle_that_a_killed_build_had_moved_away_is_put_back(folder, tmp_path):
     folder.rename(tmp_path / ".bundle.old")
     with pytest.raises(BundleError, match="exists"), new_bundle(folder):

@@ -189,6 +189,32 @@ def test_what_runs_at_each_step_is_never_handed_to_another_backend(pipe):
         Machine("coreml").runner(pipe.bundle, "unet")
 
 
+def test_the_fast_decoder_draws_the_same_latent_nearly_alike(pipe, subject):
+    """Whichever draws, the steps are the same; the recipe tells which it was."""
+    kl, tiny = (draw(pipe, subject, seed=3, decoder=name)[-1] for name in (None, "tiny"))
+    assert (kl.recipe["decoder"], tiny.recipe["decoder"]) == ("kl", "tiny")
+    np.testing.assert_array_equal(kl.latent, tiny.latent)
+    np.testing.assert_array_equal(tiny.image.pixels, pipe.decode(kl.latent, "tiny_decoder"))
+    error = np.square(kl.image.pixels.astype(float) - tiny.image.pixels).mean()
+    assert 0 < error < 255**2 / 10**2.2  # 22 dB
+
+
+def test_an_unknown_decoder_is_refused(pipe):
+    with pytest.raises(BadInput, match="decoder is 'best', expected one of kl, tiny; choose one of them"):
+        pipe.settings(decoder="best")
+
+
+@pytest.mark.parametrize(("decoder", "remedy"), [
+    ("tiny", "has no tiny_decoder, which this needs; leave --decoder out, or build it with --tiny-decoder"),
+    (None, "has no vae_decoder, which this needs; build it with this version")])
+def test_a_bundle_without_the_decoder_is_told_before_anything_is_drawn(pipe, monkeypatch, decoder, remedy):
+    components = {name: part for name, part in pipe.bundle.manifest.components.items() if "decoder" not in name}
+    manifest = dataclasses.replace(pipe.bundle.manifest, components=components)
+    monkeypatch.setattr(pipe, "bundle", dataclasses.replace(pipe.bundle, manifest=manifest))
+    with pytest.raises(BundleError, match=remedy):
+        pipe.settings(decoder=decoder)
+
+
 def test_core_ml_takes_the_split_form_where_the_fused_one_is_not_stored_for_it(pipe):
     assert Machine("coreml").denoiser(stored_as(pipe.bundle, "coreml", "capface", "unet")) == ("capface", "unet")
 
