@@ -38,7 +38,7 @@ def drop_pages(folders: Sequence[Path]) -> None:
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     for start, length in _mapped(folders):
-        libc.madvise(start, length, mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # fails where unmapped since
+        libc.madvise(start, length, mmap.MADV_DONTNEED)  # fails where it was unmapped since
 
 
 def give_back() -> None:
