@@ -200,22 +200,22 @@ class _Maker:
         save_cases(cases, folder / "cases.npz")
         return {}
 
-    def _rewrite(self, graphs: Mapping[str, str], folder: Path, recipe: Recipe) -> Facts:
+    def _rewrite(self, graphs: Mapping[str, str], folder: Path, recipe: Recipe, signed: bool = False) -> Facts:
         """Graphs of one folder, by file."""
         found = self._grids(recipe)
         models, counts = {}, dict[str, Any]()
         for file, graph in graphs.items():
             models[file] = read_graph(self.plan.onnx(graph))
             counts[graph] = quantize_model(models[file], partial(recipe.treatment, graph), found,
-                                           recipe.round_outputs)
+                                           recipe.round_outputs, signed)
         save(models, folder)
         return counts
 
     def _openvino(self, graph: str, folder: Path) -> Facts:
         from caphuman_edge.export.openvino_writer import write_openvino
 
-        scratch = folder / "onnx"
-        counts = self._rewrite({"model.onnx": graph}, scratch, self.plan.recipes["openvino"])
+        scratch, recipe = folder / "onnx", self.plan.recipes["openvino"]
+        counts = self._rewrite({"model.onnx": graph}, scratch, recipe, signed=not recipe.affine)
         write_openvino(scratch / "model.onnx", folder / OPENVINO_FILE)
         shutil.rmtree(scratch)
         return counts

@@ -7,7 +7,8 @@ make the same operations, for OpenVINO alone and by ranges of its own: so it is 
 
 A layer is known by the name of its parameter in the reference, so fused and split graphs and models of any size are
 treated alike. Weights are int8, symmetric, one scale an output channel. Activations have one scale and zero point; they
-are stored as uint8, 128 above, since of int8 pairs ONNX Runtime on x86 converts only those that a single layer reads.
+are stored as uint8, 128 above, since of int8 pairs ONNX Runtime on x86 converts only those that a single layer reads, or
+as int8 for OpenVINO.
 """
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -78,13 +79,14 @@ def layers_of(graph: ir.Graph) -> list[Layer]:
 
 
 def quantize_model(model: ir.Model, treatment_of: Callable[[str], Treatment], grids: Mapping[str, LayerGrids],
-                   round_outputs: bool) -> dict[Treatment, int]:
+                   round_outputs: bool, signed: bool = False) -> dict[Treatment, int]:
     """Rewrite the model in place; returns how many layers were treated how. `grids`: of those treated as "int8".
 
+    `signed`: activations are stored as int8, which OpenVINO needs to see that a grid has no zero point.
     A palette's values are stored as floats: that measures what they lose, and saves nothing but in Core ML.
     `round_outputs`: of convolutions, without which ONNX Runtime computes them in float.
     """
-    pairs = _Pairs(model.graph)
+    pairs = _Pairs(model.graph, signed)
     counts = dict.fromkeys(get_args(Treatment), 0)
     for layer in layers_of(model.graph):
         treatment = treatment_of(layer.name)
@@ -133,8 +135,8 @@ def _quantize(layer: Layer, pairs: "_Pairs", grids: LayerGrids | None, round_out
 class _Pairs:
     """Puts Q and DQ nodes into a graph; layers that read the same value on the same grid share a pair."""
 
-    def __init__(self, graph: ir.Graph):
-        self.graph = graph
+    def __init__(self, graph: ir.Graph, signed: bool):
+        self.graph, self.signed = graph, signed
         self.made: dict[tuple[ir.Value, Grid], ir.Value] = {}
 
     def weight(self, layer: Layer, scales: Float32[np.ndarray, "n"]) -> ir.Value:
@@ -194,12 +196,14 @@ class _Pairs:
 
     def _pair(self, value: ir.Value, grid: Grid) -> list[ir.Node]:
         scale = self._constant(f"{value.name}.scale", ir.tensor(np.float32(grid.scale)))
-        zero = self._constant(f"{value.name}.zero", ir.tensor(np.uint8(grid.zero + 128)))
+        number = np.int8(grid.zero) if self.signed else np.uint8(grid.zero + 128)
+        zero = self._constant(f"{value.name}.zero", ir.tensor(number))
         quantize = ir.node("QuantizeLinear", [value, scale, zero])
         dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero])
         for node in (quantize, dequantize):
             node.outputs[0].shape = value.shape
-        quantize.outputs[0].dtype, dequantize.outputs[0].dtype = ir.DataType.UINT8, ir.DataType.FLOAT
+        quantize.outputs[0].dtype = ir.DataType.INT8 if self.signed else ir.DataType.UINT8
+        dequantize.outputs[0].dtype = ir.DataType.FLOAT
         return [quantize, dequantize]
 
     def _dequantized(self, stored: ir.Value, scales: np.ndarray, reader: ir.Node, axis: int) -> ir.Value:
