@@ -3,6 +3,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -129,6 +130,22 @@ def test_openvino_runs_convolutions_in_int8(made):
     convolutions = [primitive for kind, primitive in kinds if kind == "Convolution"]
     rounded = [primitive for primitive in convolutions if primitive.lower().endswith("i8")]
     assert rounded and len(rounded) >= len(convolutions) - 3  # those that the recipe leaves in float
+
+
+@pytest.mark.slow
+def test_openvinos_activations_have_no_zero_point(made):
+    model = openvino.Core().read_model(made[0].file("denoiser", "openvino"))
+    grids = [node for node in model.get_ops() if node.get_type_name() == "FakeQuantize"]
+    assert len(grids) > 20
+    assert {float(node.input_value(3).get_node().data.ravel()[0]) for node in grids} == {-128.0}
+
+
+@pytest.mark.slow
+def test_the_decoder_is_calibrated_on_ends_of_trajectories(made):
+    with np.load(made[0].file("selftest")) as stored:
+        latent = stored["vae_decoder/in/latent_sample"]
+    assert abs(latent.std() - 1) > 0.02  # drawn, where the float bundle's is plain noise
+    assert made[0].component("vae_decoder").forms["openvino"].precision == "int8"
 
 
 @pytest.mark.slow

@@ -116,6 +116,23 @@ def test_onnx_runtime_computes_both_kinds_in_int8(tmp_path):
     assert not {"Conv", "MatMul", "Gemm"} & {*operators}
 
 
+def test_stored_signed_the_numbers_are_the_same():
+    (plain, _), (signed, weights) = network(), network()
+    picture = RNG.normal(size=(1, 3, 8, 8)).astype(np.float32)
+    for model in (plain, signed):
+        for name, array in weights.items():
+            model.graph.initializers[name].const_value = ir.tensor(array)
+        quantize_model(model, lambda name: "int8", GRIDS, round_outputs=False, signed=model is signed)
+    kinds = {node.outputs[0].dtype for node in signed.graph if node.op_type == "QuantizeLinear"}
+    assert kinds == {ir.DataType.INT8}
+    np.testing.assert_array_equal(run(signed, picture)[0], run(plain, picture)[0])
+
+
+def test_which_graphs_a_recipe_rounds():
+    recipe = Recipe({"denoiser": (("float", "a"), ("int8", "*")), "vae_decoder": (("weights", "*"),)})
+    assert recipe.rounds("unet") and not recipe.rounds("vae_decoder") and not recipe.rounds("text_encoder")
+
+
 def test_weights_alone_leave_activations_as_they_are():
     model, weights = network()
     picture = RNG.normal(size=(1, 3, 8, 8)).astype(np.float32)
