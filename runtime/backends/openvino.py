@@ -1,16 +1,19 @@
 """OpenVINO: Intel's CPUs, GPUs and NPUs, and other CPUs. Reads its own format and ONNX."""
 import functools
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino
 
 from ..compiled import compiled_entry
 from ..contract import TensorSpec
 from ..errors import BundleError
-from ..pages import dropping_pages
+from ..pages import dropping_pages, mapped_under
 from . import ANY_DEVICE, FAST, Arrays, Graph, check_choice, check_threads, chosen_device
 
 NAME = "openvino"
@@ -22,6 +25,7 @@ FASTEST = ("bf16", "f16", "f32")  # of what a device has units for
 ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"  # variable by which users hold back the CPU's newest instructions
 FIXED_LENGTHS = ("NPU",)  # devices that compile for definite lengths alone
 AUTO = "AUTO"  # OpenVINO's own choice among the devices
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a call's arrays, by name
 NOISE = ("Exception from ", "Check '")  # how lines of its messages begin that tell a user nothing
 
 
@@ -52,8 +56,8 @@ def load(
         model = _core().read_model(path) if by_shape or place.startswith(FIXED_LENGTHS) else None
         if model and model.is_dynamic():
             return _graph(path, model, _for_each_shape(path, place, config, cache_dir))
-        compiled = _compiled(path, path, place, config, cache_dir)
-        return _graph(path, compiled, _runner(path, compiled))
+        compiled, weights = _compiled(path, place, config, cache_dir)
+        return _graph(path, compiled, _runner(path, compiled, weights))
     except RuntimeError as error:
         raise BundleError(f"{path} cannot be loaded for {place} ({_line(error)}); rebuild the bundle, "
                           "or choose another device") from error
@@ -81,26 +85,46 @@ def _config(place: str, precision: str | None, threads: int | None) -> dict[str,
     return config
 
 
-def _compiled(path: Path, model: Path | openvino.Model, place: str, config: dict[str, Any],
-              cache_dir: Path | None) -> openvino.CompiledModel:
-    """Compile a graph, or take it from the cache; OpenVINO keeps it under a name of its own in our folder."""
+def _compiled(path: Path, place: str, config: dict[str, Any], cache_dir: Path | None,
+              shapes: Shapes = ()) -> tuple[openvino.CompiledModel, object]:
+    """Compile a graph, for these shapes if any, or take it from the cache; also what its weights lie in, to be kept.
+
+    OpenVINO writes the cache's file, under a name of its own in our folder. On a CPU it is read by us: then neither the
+    graph nor its weights need be looked at, and the pages of what is rearranged can be dropped.
+    """
     label = f"openvino-{openvino.get_version().split('-')[0]}-{place}"
     hardware = _core().get_property(place, "FULL_DEVICE_NAME")
-    decides = [hardware, os.environ.get(ISA_LIMIT), openvino.get_version(), config]
+    decides = [hardware, os.environ.get(ISA_LIMIT), openvino.get_version(), config, shapes]
     with compiled_entry(label, path, decides, cache_dir) as folder:
-        kept = {} if folder is None else {"CACHE_DIR": str(folder)}
-        with dropping_pages([path.parent, *([folder] if folder else [])]):
-            return _core().compile_model(model, place, {**config, **kept})
+        for kept in folder.glob("*.blob") if folder and place == "CPU" else ():
+            with suppress(RuntimeError):  # compiled anew instead
+                return _imported(kept, place, config)
+        before = mapped_under(path.parent)
+        model = _core().read_model(path)
+        model.reshape(dict(shapes))
+        caching = {} if folder is None else {"CACHE_DIR": str(folder)}
+        with dropping_pages(mapped_under(path.parent) - before):  # which `model` keeps mapped
+            return _core().compile_model(model, place, {**config, **caching}), None
+
+
+def _imported(kept: Path, place: str, config: dict[str, Any]) -> tuple[openvino.CompiledModel, object]:
+    """What OpenVINO's cache holds behind a header, a line of XML, and the mapping that it reads from."""
+    with kept.open("rb") as file:
+        header = len(file.readline())
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)  # nobody writes to it
+    with dropping_pages([(data.ctypes.data, len(data))]):
+        return _core().import_model(openvino.Tensor(data[header:], shared_memory=True), place, config), data
 
 
 def _graph(path: Path, model: openvino.Model | openvino.CompiledModel, run: Callable[[Arrays], Arrays]) -> Graph:
     return Graph(str(path), tuple(_specs(model.inputs)), tuple(_specs(model.outputs)), run)
 
 
-def _runner(path: Path, compiled: openvino.CompiledModel) -> Callable[[Arrays], Arrays]:
+def _runner(path: Path, compiled: openvino.CompiledModel, weights: object) -> Callable[[Arrays], Arrays]:
+    """Calls the model; `weights` are kept as long as it."""
     names = [_name(port) for port in compiled.outputs]
 
-    def run(arrays: Arrays) -> Arrays:
+    def run(arrays: Arrays, _: object = weights) -> Arrays:
         try:
             return dict(zip(names, compiled(arrays).values(), strict=True))
         except RuntimeError as error:
@@ -111,15 +135,17 @@ def _runner(path: Path, compiled: openvino.CompiledModel) -> Callable[[Arrays], 
 
 def _for_each_shape(path: Path, place: str, config: dict[str, Any],
                     cache_dir: Path | None) -> Callable[[Arrays], Arrays]:
-    """Compiles when first called with some shapes, for these; in the cache they share an entry."""
-    runners: dict[tuple[tuple[str, tuple[int, ...]], ...], Callable[[Arrays], Arrays]] = {}
+    """Compiles when first called with some shapes, for these."""
+    runners: dict[Shapes, Callable[[Arrays], Arrays]] = {}
 
     def run(arrays: Arrays) -> Arrays:
         shapes = tuple(sorted((name, array.shape) for name, array in arrays.items()))
         if shapes not in runners:
-            model = _core().read_model(path)
-            model.reshape(dict(shapes))
-            runners[shapes] = _runner(path, _compiled(path, model, place, config, cache_dir))
+            try:
+                runners[shapes] = _runner(path, *_compiled(path, place, config, cache_dir, shapes))
+            except RuntimeError as error:
+                raise BundleError(f"{path} cannot be compiled for {place} ({_line(error)}); try another --precision, "
+                                  "such as f32, or another device") from error
         return runners[shapes](arrays)
 
     return run

@@ -1,5 +1,6 @@
 """Memory that is let go of: pages of mapped weights, graphs whose stage is over."""
 import mmap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from caphuman_edge.runtime import Bundle, Pipeline
 from caphuman_edge.runtime.machine import EACH_STEP, Machine
-from caphuman_edge.runtime.pages import MAPS, drop_pages, dropping_pages
+from caphuman_edge.runtime.pages import MAPS, PERIOD, dropping_pages, mapped_under
 
 linux = pytest.mark.skipif(not MAPS.exists(), reason="the system does not tell what is mapped where")
 SIZE = 8 << 20
@@ -31,26 +32,30 @@ def test_pages_of_a_file_that_was_read_are_dropped_and_read_again(weights):
     with open(weights, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         before = bytes(mapped)
         assert resident(weights) >= SIZE >> 10
-        drop_pages([weights.parent / "elsewhere"])
-        assert resident(weights) >= SIZE >> 10
-        drop_pages([weights.parent])
+        ranges = mapped_under(weights.parent)
+        assert sum(length for _, length in ranges) == SIZE
+        with dropping_pages(ranges):
+            pass
         assert resident(weights) == 0
         assert bytes(mapped) == before
 
 
 @linux
-def test_pages_that_somebody_may_have_written_stay(weights):
-    with open(weights, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
-        mapped[:4] = b"mine"
-        drop_pages([weights.parent])
-        assert mapped[:4] == b"mine"
+def test_what_somebody_may_have_written_and_other_folders_files_are_not_found(weights, tmp_path):
+    with open(weights, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as copy:
+        copy[:4] = b"mine"
+        assert mapped_under(weights.parent) == set()
+    with open(weights, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ):
+        (tmp_path / "elsewhere").mkdir()
+        assert mapped_under(tmp_path / "elsewhere") == set()
 
 
 @linux
 def test_within_the_block_pages_do_not_pile_up(weights):
-    with open(weights, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-        with dropping_pages([weights.parent]):
-            assert len(bytes(mapped)) == SIZE
+    with open(weights, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped, \
+            dropping_pages(mapped_under(weights.parent)):
+        assert len(bytes(mapped)) == SIZE
+        time.sleep(3 * PERIOD)
         assert resident(weights) == 0
 
 
