@@ -287,7 +287,7 @@ def test_a_bundle_without_a_record_has_nothing_to_give(micro, sibling, tmp_path,
 
 def test_the_command_names_any_number_of_bundles(first, sibling, tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(build_run, "gather", lambda *_: (SimpleNamespace(first_stage_model=None), None))
+    monkeypatch.setattr(build_run, "gather", lambda *_: (SimpleNamespace(first_stage_model=None), None, None))
     monkeypatch.setattr(build_run, "preview_of", lambda _: None)
 
     def take(*_, store, **__):
