@@ -2,6 +2,7 @@
 import functools
 import mmap
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -141,14 +142,27 @@ def _for_each_shape(path: Path, place: str, config: dict[str, Any],
     def run(arrays: Arrays) -> Arrays:
         shapes = tuple(sorted((name, array.shape) for name, array in arrays.items()))
         if shapes not in runners:
-            try:
-                runners[shapes] = _runner(path, *_compiled(path, place, config, cache_dir, shapes))
-            except RuntimeError as error:
-                raise BundleError(f"{path} cannot be compiled for {place} ({_line(error)}); try another --precision, "
-                                  "such as f32, or another device") from error
+            runners[shapes] = _runner(path, *_compiled_for(shapes, path, place, config, cache_dir))
         return runners[shapes](arrays)
 
     return run
+
+
+def _compiled_for(shapes: Shapes, path: Path, place: str, config: dict[str, Any],
+                  cache_dir: Path | None) -> tuple[openvino.CompiledModel, object]:
+    """Compile for these shapes; where OpenVINO cannot, such as int8 feature maps of one cell, for any."""
+    try:
+        try:
+            return _compiled(path, place, config, cache_dir, shapes)
+        except RuntimeError as error:
+            if place.startswith(FIXED_LENGTHS):
+                raise
+            warnings.warn(f"{path} cannot be compiled for the shapes of this call ({_line(error)}), so it is compiled "
+                          "for any, which is slower", stacklevel=2)
+            return _compiled(path, place, config, cache_dir)
+    except RuntimeError as error:
+        raise BundleError(f"{path} cannot be compiled for {place} ({_line(error)}); try another --precision, such as "
+                          "f32, or another device") from error
 
 
 def _specs(ports: Iterable[Any]) -> Iterator[TensorSpec]:
