@@ -17,6 +17,7 @@ What loads is told apart. Linux alone tells a process's largest resident size.
 """
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -45,7 +46,7 @@ class Side:
     def __init__(self, name: str, *options: object, environment: Mapping[str, str] = {}):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.portrait_worker", name, *map(str, options)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env={**_environment(), **environment})
+            stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
 
     def __enter__(self) -> "Side":
         return self
@@ -159,7 +160,7 @@ def ceiling(bundle: Path, rounds: int) -> Row:
         side()
         for _ in range(rounds):
             steps += [side()["step"][0] for _ in range(3)]
-            sums.append(json.loads(subprocess.run(command, check=True, capture_output=True, env=_environment()).stdout))
+            sums.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
             steps += [side()["step"][0] for _ in range(3)]
     middle = sorted(sums, key=lambda row: row["ceiling_s"])[len(sums) // 2]
     return {"int8_step_s": statistics.median(steps), "ceiling": middle,
@@ -215,12 +216,6 @@ def _lines(report: Row) -> Iterator[str]:
     yield "- a step with AMX {amx:.2f} s, without {below_amx:.2f} s".format(**report["below_amx"])
     for name, row in report.get("peers", {}).items():
         yield f"- {name}: a step {row['peer']:.2f} s, ours {row['ours']:.2f} s, ratio {row['ratio']:.2f}"
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
 
 
 if __name__ == "__main__":
