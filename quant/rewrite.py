@@ -7,8 +7,8 @@ make the same operations, for OpenVINO alone and by ranges of its own: so it is 
 
 A layer is known by the name of its parameter in the reference, so fused and split graphs and models of any size are
 treated alike. Weights are int8, symmetric, one scale an output channel. Activations have one scale and zero point; they
-are stored as uint8, 128 above, since of int8 pairs ONNX Runtime on x86 converts only those that a single layer reads, or
-as int8 for OpenVINO.
+are stored as uint8, 128 above, since of int8 pairs ONNX Runtime on x86 converts only those that a single layer reads;
+for OpenVINO they are stored as int8.
 """
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
