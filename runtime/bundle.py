@@ -85,6 +85,7 @@ class Bundle:
     def graph(
         self, name: str, backend: str = "ort", *, device: str | None = None, threads: int | None = None,
         cache_dir: Path | None = None, precision: str | None = None, by_shape: bool = False,
+        in_halves: bool = False,
     ) -> Graph:
         """Load one graph and check it against the contract. Each call loads anew: who wants to keep it, keeps it.
 
@@ -95,7 +96,7 @@ class Bundle:
             raise BundleError(f"component {name} of {self.root} is data, not a graph; read it with Bundle.file")
         path = self.root / self.form(name, loader.FORMATS).path
         graph = loader.load(path, device=device, threads=threads, cache_dir=cache_dir, precision=precision,
-                            by_shape=by_shape)
+                            by_shape=contract[name] if by_shape else None, in_halves=in_halves)
         spec = check_graph(str(path), graph.inputs, graph.outputs, contract[name])
         return dataclasses.replace(graph, inputs=spec.inputs, outputs=spec.outputs)
 

@@ -65,6 +65,7 @@ def _run(argv: Sequence[str] | None) -> int:
     photo = astronaut(args.photo) if args.photo.suffix == ".whl" else args.photo
     with open_pipeline() as pipe:
         settings = pipe.settings(prompt=PROMPT, steps=args.steps)
+        pipe.prepare(settings)
         subject = pipe.perceive(photo)
         make_folder(args.out)
         tiles = [tile for name, yaw in YAWS.items() for tile in _turned(pipe, subject, settings, args.out / name, yaw)]

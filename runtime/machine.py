@@ -83,7 +83,8 @@ class Machine:
             return bundle.graph(name, runner, threads=self.threads)
         device = "cpu" if name == THRESHOLDS else self.device
         graph = bundle.graph(name, runner, device=device, threads=self.threads, cache_dir=self.cache_dir,
-                             precision=self._precision(bundle, name), by_shape=name in EACH_STEP)
+                             precision=self._precision(bundle, name), by_shape=name in EACH_STEP,
+                             in_halves=self.memory == "stage")
         return row_by_row(graph, graphs(bundle.config)[name])
 
     def _precision(self, bundle: Bundle, name: str) -> str | None:

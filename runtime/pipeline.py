@@ -2,6 +2,7 @@
 import dataclasses
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,7 @@ from .pages import give_back
 from .perceive import Subject, array_sha256, measure_subject
 from .perception import InsightFace, Perception
 from .portrait import Step
-from .prompt import text_tokens
+from .prompt import most_windows, text_tokens
 from .render import Renderer, open_renderer
 from .request import Person, Settings, complete, decoder_of, sampling
 from .samplers import DISTILLED, lay_out, sample
@@ -64,6 +65,8 @@ class Pipeline:
         self._insight = InsightFace() if detector == "insight" else None
         self.renderer: Renderer = open_renderer(renderer)  # last: a failure above leaves no context open
         self._graphs: dict[str, Graph] = {}
+        self._ahead: dict[str, Future[Graph]] = {}
+        self._loader = ThreadPoolExecutor(1, "caphuman-loader")
         self._encoded: dict[tuple[str, ...], Arrays] = {}
 
     def __enter__(self) -> "Pipeline":
@@ -74,6 +77,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Free the renderer; the pipeline draws nothing afterwards."""
+        self._loader.shutdown(wait=False, cancel_futures=True)
         self.renderer.close()
 
     @cached_property
@@ -127,6 +131,7 @@ class Pipeline:
         persons = [Person(people, head)] if isinstance(people, Subject) else list(people)
         chosen = self.settings(settings, len(persons), canvas is not None, control is not None, **changes)
         self._warn_of_sampler(chosen)
+        self.prepare(chosen, len(persons), control is not None)
         conditions, recipe = self._conditions(persons, chosen, control), self._recipe(persons, chosen, canvas, control)
         table = lay_out(sampling(chosen, self.bundle.schedule), chosen.steps or 0, chosen.eta or 0.0)
         steps = _walked(table, chosen.denoise or 0.0)
@@ -165,6 +170,30 @@ class Pipeline:
             raise BundleError(f"bundle {self.bundle.root} has no {missing[0]}, which this needs; {remedy}")
         return chosen
 
+    def prepare(self, settings: Settings, people: int = 1, control: bool = False) -> None:
+        """Begin to load, on another thread, what runs at each step, with settings that `settings` gave.
+
+        `generate` does so itself, before anything is encoded; called before photos are measured, it gains that time,
+        too. What fails is raised where the graph is needed. Does nothing where memory is held by the stage.
+        """
+        if self.machine.memory == "stage":
+            return
+        names = self.machine.denoiser(self.bundle, people > 1 or control or settings.enhancement != 0)
+        texts = _texts(settings)
+        with warnings.catch_warnings():  # of a long prompt, which its encoding warns of
+            warnings.simplefilter("ignore")
+            count = most_windows(self.tokenizer, texts)
+        lengths = {"batch": 1 if control else len(texts), "tokens": TEXT_TOKENS * count}  # as `Denoiser` calls them
+        for name in (name for name in names if name not in self._graphs and name not in self._ahead):
+            self._ahead[name] = self._loader.submit(self._prepared, name, lengths)
+
+    def _prepared(self, name: str, lengths: dict[str, int]) -> Graph:
+        """A graph of each step, loaded for such lengths; of no other state of the pipeline, whose thread goes on."""
+        graph = self.machine.load(self.bundle, name)
+        graph.prepare({spec.name: tuple(lengths.get(n, 1) if isinstance(n, str) else n for n in spec.shape)
+                       for spec in graph.inputs})
+        return graph
+
     def landmarks(self, head: HeadCode) -> UInt8[np.ndarray, "h w 3"]:
         """The head's 68 landmarks as the official pose map draws them: the picture for a ControlNet of faces."""
         return landmark_picture(self.head_model, head, self.bundle.config.height, self.bundle.config.width)
@@ -181,7 +210,8 @@ class Pipeline:
                 self._forget()
             if self.machine.memory == "steps" and name in EACH_STEP:
                 self._forget(but=EACH_STEP)
-            self._graphs[name] = self.machine.load(self.bundle, name)
+            ahead = self._ahead.pop(name, None)
+            self._graphs[name] = ahead.result() if ahead else self.machine.load(self.bundle, name)
         return self._graphs[name]
 
     def _forget(self, but: Collection[str] = ()) -> None:
@@ -283,9 +313,8 @@ class Pipeline:
         return Known(mean, noise, drawn_cells(canvas.mask, *config.latent_shape[1:]))
 
     def _text_tokens(self, settings: Settings) -> Float32[np.ndarray, "b n c"]:
-        """The prompt's tokens; with guidance, the negative prompt's before them."""
-        texts = [settings.prompt] if settings.guidance == 1 else [settings.negative, settings.prompt]
-        return text_tokens(self.tokenizer, texts,
+        """The tokens of prompt and, with guidance, negative prompt."""
+        return text_tokens(self.tokenizer, _texts(settings),
                            lambda ids: self._encode("text_encoder", {"input_ids": ids})["last_hidden_state"])
 
     def _recipe(self, people: Sequence[Person], settings: Settings, canvas: Canvas | None,
@@ -307,6 +336,11 @@ class Pipeline:
 def _walked(steps: Sequence[SamplerStep], denoise: float) -> Sequence[SamplerStep]:
     """The last steps, as large a share of them as is drawn anew; one at least."""
     return steps[-max(1, round(denoise * len(steps))):]
+
+
+def _texts(settings: Settings) -> list[str]:
+    """The prompt; with guidance, the negative prompt before it."""
+    return [settings.prompt] if settings.guidance == 1 else [settings.negative, settings.prompt]
 
 
 def _told(who: Person) -> dict[str, Any]:

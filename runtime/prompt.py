@@ -45,6 +45,11 @@ def text_tokens(tokenizer: Tokenizer, texts: Sequence[str],
     return np.concatenate([weigh(part, windows.weights) for part, windows in zip(parts, padded, strict=True)])
 
 
+def most_windows(tokenizer: Tokenizer, texts: Sequence[str]) -> int:
+    """How many windows the longest of these prompts needs. Warns and raises as `encode` does."""
+    return max(len(encode(tokenizer, text).ids) for text in texts)
+
+
 def encode(tokenizer: Tokenizer, text: str) -> Windows:
     """As many windows as the text needs, at least one; a word is not cut in two unless it is longer than a window.
 

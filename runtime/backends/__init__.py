@@ -11,7 +11,7 @@ from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from ..contract import TensorSpec
+from ..contract import GraphSpec, TensorSpec
 from ..errors import BadInput, MissingExtra, ShapeMismatch
 
 BACKENDS = ("ort", "openvino", "coreml")
@@ -20,6 +20,11 @@ ANY_DEVICE = ("auto", "all")  # names that leave the choice to the backend
 FAST = "fast"  # the arithmetic that a device has the fastest units for
 
 Arrays = dict[str, np.ndarray]
+Shapes = dict[str, tuple[int, ...]]  # of a call's arrays, by name
+
+
+def _nothing(_: Shapes) -> None:
+    """What most graphs do to prepare."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Graph:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     run: Callable[[Arrays], Arrays]  # the backend's own call, on verified arrays
+    prepare: Callable[[Shapes], None] = _nothing  # does what it can of the first call with such shapes, on any thread
 
     def __call__(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
         check_arrays(self.name, self.inputs, arrays)
@@ -60,15 +66,16 @@ class Backend(Protocol):
 
     def load(
         self, path: Path, *, device: str | None = None, threads: int | None = None, cache_dir: Path | None = None,
-        precision: str | None = None, by_shape: bool = False,
+        precision: str | None = None, by_shape: GraphSpec | None = None, in_halves: bool = False,
     ) -> Graph:
         """Load one graph; raises BundleError where the file cannot be, BadInput for settings it does not have.
 
         `device`: one of `devices`, or "auto"; None for the first. `threads`: at most so many cores, None for all.
         `cache_dir`: a folder for compiled models, where the backend compiles to files; None for the user's cache.
         `precision`: the arithmetic to compute in; None changes no number for speed, as far as the device can, and FAST
-        is for graphs whose numbers were rounded to 8 bits before. `by_shape`: where the backend compiles, compile for
-        the very lengths of each call instead of any: for what is called often with the same ones.
+        is for graphs whose numbers were rounded to 8 bits before. `by_shape`: what the file should hold, for graphs
+        that are called often with the same lengths: where the backend compiles, it compiles for these, once it knows
+        them, and looks at the file no sooner. `in_halves`: where the backend can, hold half of such a graph at a time.
         """
 
 

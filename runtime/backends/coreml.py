@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..compiled import compiled_entry
-from ..contract import TensorSpec
+from ..contract import GraphSpec, TensorSpec
 from ..errors import BadInput, BundleError, MissingExtra
 from . import Arrays, Graph, check_choice, check_threads, chosen_device
 
@@ -42,7 +42,7 @@ def devices() -> tuple[str, ...]:
 
 def load(
     path: Path, *, device: str | None = None, threads: int | None = None, cache_dir: Path | None = None,
-    precision: str | None = None, by_shape: bool = False,
+    precision: str | None = None, by_shape: GraphSpec | None = None, in_halves: bool = False,
 ) -> Graph:
     """Load an .mlpackage folder, or a folder of CHUNKS that run in turn; compiled models are kept on disk.
 

@@ -4,7 +4,8 @@ import mmap
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import numpy as np
 import openvino
 
 from ..compiled import compiled_entry
-from ..contract import TensorSpec
+from ..contract import GraphSpec, TensorSpec
 from ..errors import BundleError
-from ..pages import dropping_pages, mapped_under
-from . import ANY_DEVICE, FAST, Arrays, Graph, check_choice, check_threads, chosen_device
+from ..manifest import check_graph
+from ..pages import Range, dropping_pages, give_back, mapped_under
+from . import ANY_DEVICE, FAST, Arrays, Graph, Shapes, check_choice, check_threads, chosen_device
+from .openvino_halves import halves
 
 NAME = "openvino"
 FORMATS = ("openvino", "onnx")
@@ -25,8 +28,8 @@ PRECISIONS = {"FP32": "f32", "BF16": "bf16", "FP16": "f16"}  # as OpenVINO's dev
 FASTEST = ("bf16", "f16", "f32")  # of what a device has units for
 ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"  # variable by which users hold back the CPU's newest instructions
 FIXED_LENGTHS = ("NPU",)  # devices that compile for definite lengths alone
+CPU = "CPU"
 AUTO = "AUTO"  # OpenVINO's own choice among the devices
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a call's arrays, by name
 NOISE = ("Exception from ", "Check '")  # how lines of its messages begin that tell a user nothing
 
 
@@ -39,7 +42,7 @@ def devices() -> tuple[str, ...]:
 
 def load(
     path: Path, *, device: str | None = None, threads: int | None = None, cache_dir: Path | None = None,
-    precision: str | None = None, by_shape: bool = False,
+    precision: str | None = None, by_shape: GraphSpec | None = None, in_halves: bool = False,
 ) -> Graph:
     """Load an .xml file with its .bin, or an .onnx file with its external data; compiled models are kept on disk.
 
@@ -52,13 +55,14 @@ def load(
         raise BundleError(f"{path} is missing; rebuild the bundle")
     chosen = chosen_device(NAME, device, devices())
     place = AUTO if chosen in ANY_DEVICE else chosen.upper()
-    config = _config(place, precision, threads)
+    file = _File(path, place, _config(place, precision, threads), cache_dir)
     try:
-        model = _core().read_model(path) if by_shape or place.startswith(FIXED_LENGTHS) else None
-        if model and model.is_dynamic():
-            return _graph(path, model, _for_each_shape(path, place, config, cache_dir))
-        compiled, weights = _compiled(path, place, config, cache_dir)
-        return _graph(path, compiled, _runner(path, compiled, weights))
+        spec = by_shape or (file.open_lengths() if place.startswith(FIXED_LENGTHS) else None)
+        if spec:
+            return _for_each_shape(file, spec, in_halves and place == CPU)
+        loaded = file.compiled()
+        inputs, outputs = _both_specs(loaded.model)
+        return Graph(str(path), inputs, outputs, functools.partial(_called, file, loaded, outputs))
     except RuntimeError as error:
         raise BundleError(f"{path} cannot be loaded for {place} ({_line(error)}); rebuild the bundle, "
                           "or choose another device") from error
@@ -81,88 +85,165 @@ def _config(place: str, precision: str | None, threads: int | None) -> dict[str,
         config["INFERENCE_PRECISION_HINT"] = precision or "f32"
     if config.get("INFERENCE_PRECISION_HINT") == "f32":
         config["EXECUTION_MODE_HINT"] = "ACCURACY"  # or activations are rounded where weights have 8 bits
-    if threads is not None and place in ("CPU", AUTO):  # the others keep no core busy
+    if threads is not None and place in (CPU, AUTO):  # the others keep no core busy
         config["INFERENCE_NUM_THREADS"] = threads
     return config
 
 
-def _compiled(path: Path, place: str, config: dict[str, Any], cache_dir: Path | None,
-              shapes: Shapes = ()) -> tuple[openvino.CompiledModel, object]:
-    """Compile a graph, for these shapes if any, or take it from the cache; also what its weights lie in, to be kept.
+@dataclass(frozen=True)
+class _Loaded:
+    """A compiled model, and what its weights lie in, to be kept as long as it."""
 
-    OpenVINO writes the cache's file, under a name of its own in our folder. On a CPU it is read by us: then neither the
-    graph nor its weights need be looked at, and the pages of what is rearranged can be dropped.
+    model: openvino.CompiledModel
+    weights: object = None
+
+    def __call__(self, known: Arrays) -> Arrays:
+        """Every output by each of its names; of what is known it takes what it needs."""
+        taken = [next(name for name in port.get_names() if name in known) for port in self.model.inputs]
+        found = self.model({name: known[name] for name in taken})
+        return {name: found[port] for port in self.model.outputs for name in port.get_names()}
+
+
+@dataclass(frozen=True)
+class _File:
+    """A graph's file and how it is compiled.
+
+    What was compiled is kept in a file that OpenVINO writes, under a name of its own in our folder. On a CPU it is read
+    by us: then neither the graph nor its weights need be looked at, and the pages of what is rearranged can be dropped.
     """
-    label = f"openvino-{openvino.get_version().split('-')[0]}-{place}"
-    hardware = _core().get_property(place, "FULL_DEVICE_NAME")
-    decides = [hardware, os.environ.get(ISA_LIMIT), openvino.get_version(), config, shapes]
-    with compiled_entry(label, path, decides, cache_dir) as folder:
-        for kept in folder.glob("*.blob") if folder and place == "CPU" else ():
-            with suppress(RuntimeError):  # compiled anew instead
-                return _imported(kept, place, config)
-        before = mapped_under(path.parent)
-        model = _core().read_model(path)
-        model.reshape(dict(shapes))
-        caching = {} if folder is None else {"CACHE_DIR": str(folder)}
-        with dropping_pages(mapped_under(path.parent) - before):  # which `model` keeps mapped
-            return _core().compile_model(model, place, {**config, **caching}), None
+
+    path: Path
+    place: str
+    config: dict[str, Any]
+    cache_dir: Path | None
+
+    def open_lengths(self) -> GraphSpec | None:
+        """What the graph takes and gives, if some lengths in it are left open."""
+        model = _core().read_model(self.path)
+        return GraphSpec(self.path.name, *_both_specs(model)) if model.is_dynamic() else None
+
+    def compiled(self, shapes: Shapes | None = None, spec: GraphSpec | None = None) -> _Loaded:
+        """For these shapes, or any."""
+        with self._entry(shapes) as folder:
+            for kept in self._kept(folder, "*.blob"):
+                with suppress(RuntimeError):  # compiled anew instead
+                    return self._imported(kept)
+            model, mapped = self._read(shapes, spec)
+            return self._made(model, mapped, folder)
+
+    def run_in_halves(self, arrays: Arrays, spec: GraphSpec) -> Arrays:
+        """Compile for these arrays and run, half of the graph after the other: nothing stays loaded."""
+        shapes = _shapes(arrays)
+        with self._entry(shapes, "halves") as folder:
+            if kept := self._kept(folder, "?/*.blob"):
+                with suppress(RuntimeError):
+                    return _in_turn([functools.partial(self._imported, blob) for blob in kept], arrays)
+            model, mapped = self._read(shapes, spec)
+            return _in_turn([functools.partial(self._made, half, mapped, folder and folder / str(k))
+                             for k, half in enumerate(halves(model))], arrays)
+
+    def _entry(self, shapes: Shapes | None, *more: str) -> AbstractContextManager[Path | None]:
+        label = f"openvino-{openvino.get_version().split('-')[0]}-{self.place}"
+        hardware = _core().get_property(self.place, "FULL_DEVICE_NAME")
+        lengths = sorted((shapes or {}).items())
+        decides = [hardware, os.environ.get(ISA_LIMIT), openvino.get_version(), self.config, lengths, *more]
+        return compiled_entry(label, self.path, decides, self.cache_dir)
+
+    def _kept(self, folder: Path | None, pattern: str) -> list[Path]:
+        return sorted(folder.glob(pattern)) if folder and self.place == CPU else []
+
+    def _read(self, shapes: Shapes | None, spec: GraphSpec | None) -> tuple[openvino.Model, set[Range]]:
+        """The graph, as it should be, and where its weights are mapped, as long as it is kept."""
+        before = mapped_under(self.path.parent)
+        model = _core().read_model(self.path)
+        if spec:
+            check_graph(str(self.path), *_both_specs(model), spec)
+        model.reshape(shapes or {})
+        return model, mapped_under(self.path.parent) - before
+
+    def _made(self, model: openvino.Model, mapped: set[Range], folder: Path | None) -> _Loaded:
+        if folder:
+            folder.mkdir(exist_ok=True)
+        caching = {"CACHE_DIR": str(folder)} if folder else {}
+        with dropping_pages(mapped):
+            return _Loaded(_core().compile_model(model, self.place, {**self.config, **caching}))
+
+    def _imported(self, kept: Path) -> _Loaded:
+        """What OpenVINO's cache holds behind a header, a line of XML."""
+        with kept.open("rb") as file:
+            header = len(file.readline())
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)  # nobody writes to it
+        with dropping_pages([(data.ctypes.data, len(data))]):
+            blob = openvino.Tensor(data[header:], shared_memory=True)
+            return _Loaded(_core().import_model(blob, self.place, self.config), data)
 
 
-def _imported(kept: Path, place: str, config: dict[str, Any]) -> tuple[openvino.CompiledModel, object]:
-    """What OpenVINO's cache holds behind a header, a line of XML, and the mapping that it reads from."""
-    with kept.open("rb") as file:
-        header = len(file.readline())
-        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)  # nobody writes to it
-    with dropping_pages([(data.ctypes.data, len(data))]):
-        return _core().import_model(openvino.Tensor(data[header:], shared_memory=True), place, config), data
+def _for_each_shape(file: _File, spec: GraphSpec, in_halves: bool) -> Graph:
+    """Compiles when first called with some shapes, or told of them, for these."""
+    loaded: dict[object, _Loaded] = {}
 
+    def prepare(shapes: Shapes) -> None:
+        if not in_halves:
+            _loaded(shapes)
 
-def _graph(path: Path, model: openvino.Model | openvino.CompiledModel, run: Callable[[Arrays], Arrays]) -> Graph:
-    return Graph(str(path), tuple(_specs(model.inputs)), tuple(_specs(model.outputs)), run)
-
-
-def _runner(path: Path, compiled: openvino.CompiledModel, weights: object) -> Callable[[Arrays], Arrays]:
-    """Calls the model; `weights` are kept as long as it."""
-    names = [_name(port) for port in compiled.outputs]
-
-    def run(arrays: Arrays, _: object = weights) -> Arrays:
-        try:
-            return dict(zip(names, compiled(arrays).values(), strict=True))
-        except RuntimeError as error:
-            raise BundleError(f"{path} failed to run ({_line(error)}); free memory, or rebuild the bundle") from error
-
-    return run
-
-
-def _for_each_shape(path: Path, place: str, config: dict[str, Any],
-                    cache_dir: Path | None) -> Callable[[Arrays], Arrays]:
-    """Compiles when first called with some shapes, for these."""
-    runners: dict[Shapes, Callable[[Arrays], Arrays]] = {}
+    def _loaded(shapes: Shapes) -> _Loaded:
+        key = tuple(sorted(shapes.items()))
+        if key not in loaded:
+            loaded[key] = _compiled_for(file, shapes, spec)
+        return loaded[key]
 
     def run(arrays: Arrays) -> Arrays:
-        shapes = tuple(sorted((name, array.shape) for name, array in arrays.items()))
-        if shapes not in runners:
-            runners[shapes] = _runner(path, *_compiled_for(shapes, path, place, config, cache_dir))
-        return runners[shapes](arrays)
+        if in_halves:
+            with suppress(RuntimeError):  # held whole instead
+                return _only(spec.outputs, file.run_in_halves(arrays, spec))
+        return _called(file, _loaded(_shapes(arrays)), spec.outputs, arrays)
 
-    return run
+    return Graph(str(file.path), spec.inputs, spec.outputs, run, prepare)
 
 
-def _compiled_for(shapes: Shapes, path: Path, place: str, config: dict[str, Any],
-                  cache_dir: Path | None) -> tuple[openvino.CompiledModel, object]:
+def _compiled_for(file: _File, shapes: Shapes, spec: GraphSpec) -> _Loaded:
     """Compile for these shapes; where OpenVINO cannot, such as int8 feature maps of one cell, for any."""
     try:
         try:
-            return _compiled(path, place, config, cache_dir, shapes)
+            return file.compiled(shapes, spec)
         except RuntimeError as error:
-            if place.startswith(FIXED_LENGTHS):
+            if file.place.startswith(FIXED_LENGTHS):
                 raise
-            warnings.warn(f"{path} cannot be compiled for the shapes of this call ({_line(error)}), so it is compiled "
-                          "for any, which is slower", stacklevel=2)
-            return _compiled(path, place, config, cache_dir)
+            warnings.warn(f"{file.path} cannot be compiled for the shapes of this call ({_line(error)}), so it is "
+                          "compiled for any, which is slower", stacklevel=2)
+            return file.compiled(spec=spec)
     except RuntimeError as error:
-        raise BundleError(f"{path} cannot be compiled for {place} ({_line(error)}); try another --precision, such as "
-                          "f32, or another device") from error
+        raise BundleError(f"{file.path} cannot be compiled for {file.place} ({_line(error)}); try another --precision, "
+                          "such as f32, or another device") from error
+
+
+def _called(file: _File, loaded: _Loaded, outputs: Iterable[TensorSpec], arrays: Arrays) -> Arrays:
+    try:
+        return _only(outputs, loaded(arrays))
+    except RuntimeError as error:
+        raise BundleError(f"{file.path} failed to run ({_line(error)}); free memory, or rebuild the bundle") from error
+
+
+def _in_turn(parts: Iterable[Callable[[], _Loaded]], arrays: Arrays) -> Arrays:
+    """All that is known when each part was loaded, called and dropped."""
+    known = dict(arrays)
+    for load_part in parts:
+        known |= load_part()(known)
+        give_back()
+    return known
+
+
+def _only(specs: Iterable[TensorSpec], arrays: Arrays) -> Arrays:
+    return {spec.name: arrays[spec.name] for spec in specs}
+
+
+def _shapes(arrays: Arrays) -> Shapes:
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def _both_specs(model: openvino.Model | openvino.CompiledModel) -> tuple[tuple[TensorSpec, ...], ...]:
+    """Of inputs and of outputs."""
+    return tuple(_specs(model.inputs)), tuple(_specs(model.outputs))
 
 
 def _specs(ports: Iterable[Any]) -> Iterator[TensorSpec]:

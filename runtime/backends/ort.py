@@ -5,7 +5,7 @@ from pathlib import Path
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
-from ..contract import TensorSpec
+from ..contract import GraphSpec, TensorSpec
 from ..errors import BundleError
 from . import Arrays, Graph, check_choice, check_threads, chosen_device
 
@@ -26,7 +26,7 @@ def devices() -> tuple[str, ...]:
 
 def load(
     path: Path, *, device: str | None = None, threads: int | None = None, cache_dir: Path | None = None,
-    precision: str | None = None, by_shape: bool = False,
+    precision: str | None = None, by_shape: GraphSpec | None = None, in_halves: bool = False,
 ) -> Graph:
     """Load an .onnx file and what it keeps in external data files beside it, or an .ort file.
 

@@ -92,6 +92,7 @@ def make(args: argparse.Namespace, open_pipe: Callable[[], AbstractContextManage
     sources = remake.with_heads(told, sources, crowd) if told else sources
     with open_pipe() as pipe:
         settings = check(pipe, args, crowd)
+        pipe.prepare(settings[0], len(crowd), _has_control(args))
         scene = frames.scene(pipe, read, args)
         seen = [controls.find_heads(pipe, source, one, scene) for source, one in zip(sources, crowd, strict=True)]
         if told:
@@ -115,9 +116,12 @@ def chosen_settings(pipe: Pipeline, args: argparse.Namespace, people: int = 1) -
     """One a portrait, with seeds that count up; raises BadInput for any that is out of range."""
     picture_flags.check(pipe, args)
     first = picture_flags.settings_of(args)
-    has_control = args.control is not None or args.control_face
-    return [pipe.settings(first, people, args.canvas is not None, has_control, seed=first.seed + k)
+    return [pipe.settings(first, people, args.canvas is not None, _has_control(args), seed=first.seed + k)
             for k in range(args.count)]
+
+
+def _has_control(args: argparse.Namespace) -> bool:
+    return args.control is not None or args.control_face
 
 
 def draw_all(pipe: Pipeline, drawn: Drawn, wanted: dict[Path, Settings], mark: dict[str, Any],

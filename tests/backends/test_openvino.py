@@ -48,14 +48,19 @@ def chain(tmp_path) -> Path:
 def compiled(monkeypatch) -> list[bool]:
     """For each model that is compiled from now on, whether it came out of the cache."""
     backend, taken = open_backend("openvino"), []
-    original = backend._compiled
 
-    def record(*arguments):
-        model, weights = original(*arguments)
-        taken.append(weights is not None)
-        return model, weights
+    def recording(name):
+        original = getattr(backend._File, name)
 
-    monkeypatch.setattr(backend, "_compiled", record)
+        def record(*arguments):
+            loaded = original(*arguments)
+            taken.append(name == "_imported")
+            return loaded
+
+        monkeypatch.setattr(backend._File, name, record)
+
+    recording("_imported")
+    recording("_made")
     return taken
 
 

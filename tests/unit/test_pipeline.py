@@ -229,7 +229,7 @@ def test_a_graph_that_draws_is_not_handed_to_ort_without_a_word(pipe):
 def test_gates_are_thresholds_and_computed_exactly_whatever_is_asked_for(pipe, monkeypatch, name, given):
     asked = []
 
-    def load(self, name, backend, *, device, threads, cache_dir, precision, by_shape):
+    def load(self, name, backend, *, device, threads, cache_dir, precision, by_shape, in_halves):
         asked.append((device, precision))
         return Graph(name, *(getattr(graphs(self.config)[name], side) for side in ("inputs", "outputs")), dict)
 
