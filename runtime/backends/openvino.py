@@ -180,23 +180,23 @@ class _File:
 
 def _for_each_shape(file: _File, spec: GraphSpec, in_halves: bool) -> Graph:
     """Compiles when first called with some shapes, or told of them, for these."""
-    loaded: dict[object, _Loaded] = {}
+    whole: dict[tuple[object, ...], _Loaded] = {}
+
+    def load_whole(shapes: Shapes) -> _Loaded:
+        key = tuple(sorted(shapes.items()))
+        if key not in whole:
+            whole[key] = _compiled_for(file, shapes, spec)
+        return whole[key]
 
     def prepare(shapes: Shapes) -> None:
         if not in_halves:
-            _loaded(shapes)
-
-    def _loaded(shapes: Shapes) -> _Loaded:
-        key = tuple(sorted(shapes.items()))
-        if key not in loaded:
-            loaded[key] = _compiled_for(file, shapes, spec)
-        return loaded[key]
+            load_whole(shapes)
 
     def run(arrays: Arrays) -> Arrays:
-        if in_halves:
-            with suppress(RuntimeError):  # held whole instead
+        if in_halves and not whole:
+            with suppress(RuntimeError):  # held whole from now on
                 return _only(spec.outputs, file.run_in_halves(arrays, spec))
-        return _called(file, _loaded(_shapes(arrays)), spec.outputs, arrays)
+        return _called(file, load_whole(_shapes(arrays)), spec.outputs, arrays)
 
     return Graph(str(file.path), spec.inputs, spec.outputs, run, prepare)
 
@@ -241,7 +241,9 @@ def _shapes(arrays: Arrays) -> Shapes:
     return {name: array.shape for name, array in arrays.items()}
 
 
-def _both_specs(model: openvino.Model | openvino.CompiledModel) -> tuple[tuple[TensorSpec, ...], ...]:
+def _both_specs(
+    model: openvino.Model | openvino.CompiledModel,
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Of inputs and of outputs."""
     return tuple(_specs(model.inputs)), tuple(_specs(model.outputs))
 

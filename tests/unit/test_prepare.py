@@ -22,9 +22,9 @@ def loaded(monkeypatch) -> list[tuple[str, bool]]:
     return found
 
 
-@pytest.fixture(params=["keep", "steps"])
-def fresh(request):
-    with Pipeline(Bundle.open(), renderer="numpy", memory=request.param) as pipe:
+@pytest.fixture
+def fresh():
+    with Pipeline(Bundle.open(), renderer="numpy", memory="steps") as pipe:
         yield pipe
 
 
