@@ -207,7 +207,7 @@ class _Maker:
         for file, graph in graphs.items():
             models[file] = read_graph(self.plan.onnx(graph))
             counts[graph] = quantize_model(models[file], partial(recipe.treatment, graph), found,
-                                           recipe.round_outputs, signed)
+                                           recipe.round_outputs, signed, recipe.rounds_scores)
         save(models, folder)
         return counts
 

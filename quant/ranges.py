@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from caphuman_edge.quant.histogram import Histogram
-from caphuman_edge.quant.rewrite import LayerGrids, layers_of
+from caphuman_edge.quant.rewrite import LayerGrids, layers_of, scores_of
 from caphuman_edge.runtime.backends import Arrays
 
 CHUNK_BYTES = 1 << 30  # of activations kept at a time
@@ -18,14 +18,15 @@ Histograms = dict[str, Histogram]
 
 def observe(path: Path, inputs: Callable[[], Iterable[Arrays]], threads: int | None = None,
             report: Callable[[str], None] = lambda line: None) -> Histograms:
-    """A histogram of every value that a layer of the graph reads, and of those that convolutions give.
+    """A histogram of every value that a layer reads, of what convolutions give, and of queries and keys as they meet.
 
-    By `LAYER` and `LAYER/out`; layers that read the same value share its histogram. `inputs()` goes through the
-    recorded inputs one at a time, once for each chunk of values whose arrays stay below CHUNK_BYTES.
+    By `LAYER`, `LAYER/out` and `LAYER/scores`; layers that read the same value share its histogram. `inputs()` goes
+    through the recorded inputs one at a time, once for each chunk of values whose arrays stay below CHUNK_BYTES.
     """
     graph = ir.load(path).graph
     names = {f"{layer.name}{end}": str(value.name) for layer in layers_of(graph)
              for end, value in (("", layer.input), *([("/out", layer.node.outputs[0])] * layer.is_convolution))}
+    names |= {name: str(value.name) for scores in scores_of(graph) for _, name, value in scores.sides()}
     values = {str(value.name): value for value in _values(graph)}
     found: Histograms = {}
     for chunk in _chunks({name: _bytes(values[name]) for name in dict.fromkeys(names.values())}):

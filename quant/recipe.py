@@ -5,7 +5,8 @@
                "vae_decoder": [["weights", "*"]]}}
 
 Rules are read from above: the first whose pattern, as of file names (fnmatch), fits a layer's name decides. Of a graph
-without rules nothing changes. The denoiser's rules hold for its fused and its split form.
+without rules nothing changes. The denoiser's rules hold for its fused and its split form. Beside them may stand
+`"round_scores": ["*.attn1.to_q.weight"]`: attentions whose queries and keys are rounded where they meet, too.
 """
 import fnmatch
 import json
@@ -35,6 +36,7 @@ class Recipe:
     affine: bool = True  # grids of activations may have a zero point
     round_outputs: bool = True  # of convolutions, which ONNX Runtime needs and OpenVINO does not
     measured_on: str = ""
+    round_scores: tuple[str, ...] = ()  # patterns of layers whose queries are rounded, with the keys that they meet
 
     def treatment(self, graph: str, layer: str) -> Treatment:
         """What a layer of a graph gets."""
@@ -52,9 +54,14 @@ class Recipe:
         """What a bundle calls the stored weights of a graph that it changes."""
         return "palettised-mixed" if any(palette_bits(kind) for kind, _ in self._of(graph)) else "int8"
 
+    def rounds_scores(self, layer: str) -> bool:
+        """Whether what an attention's query layer gives is rounded where it meets keys."""
+        return any(fnmatch.fnmatchcase(layer, pattern) for pattern in self.round_scores)
+
     def to_text(self) -> str:
         """The text that `read_recipe` reads."""
         facts = {"format": FORMAT, "clip": self.clip, "affine": self.affine, "round_outputs": self.round_outputs,
+                 **({"round_scores": list(self.round_scores)} if self.round_scores else {}),
                  "measured_on": self.measured_on}
         head = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items())
         graphs = ",\n".join(f"  {json.dumps(graph)}: [\n   " + ",\n   ".join(json.dumps(rule) for rule in rules) + "]"
@@ -87,14 +94,17 @@ def read_recipe(path: Path) -> Recipe:
     if not _is_recipe(data):
         raise BadInput(f"{path} is no recipe of format {FORMAT}; take {FOLDER / 'onnx.json'} as a pattern")
     rules = {graph: tuple((kind, pattern) for kind, pattern in rows) for graph, rows in data["rules"].items()}
-    return Recipe(rules, float(data["clip"]), data["affine"], data["round_outputs"], data["measured_on"])
+    scores = tuple(data.get("round_scores", ()))  # which recipes of before lack
+    return Recipe(rules, float(data["clip"]), data["affine"], data["round_outputs"], data["measured_on"], scores)
 
 
 def _is_recipe(data: Any) -> bool:
     kinds = {"format": int, "clip": int | float, "affine": bool, "round_outputs": bool, "measured_on": str,
              "rules": dict}
-    return (isinstance(data, dict) and data.keys() == kinds.keys() and data["format"] == FORMAT
-            and all(isinstance(data[name], kind) for name, kind in kinds.items()) and 0 <= data["clip"] <= 1
+    optional = {"round_scores": list}
+    return (isinstance(data, dict) and kinds.keys() <= data.keys() <= {*kinds, *optional} and data["format"] == FORMAT
+            and all(isinstance(data[name], kind) for name, kind in {**kinds, **optional}.items() if name in data)
+            and 0 <= data["clip"] <= 1 and all(isinstance(pattern, str) for pattern in data.get("round_scores", ()))
             and all(isinstance(rows, list) and all(map(_is_rule, rows)) for rows in data["rules"].values()))
 
 

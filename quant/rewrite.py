@@ -25,6 +25,8 @@ from caphuman_edge.quant.recipe import Treatment, palette_bits
 LEVELS = 127  # of the weights to each side of zero
 SMALLEST = 1e-20  # that a channel's largest weight counts as
 LARGEST_BIAS = 0.9 * 2**31
+SCORES = "/scores"  # behind a layer's name: its output where queries meet keys
+ARRANGING = ("Mul", "Transpose", "Reshape")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,41 @@ class Layer:
         return _constant(self.node.inputs[1])
 
 
+@dataclass(frozen=True)
+class Scores:
+    """The product of an attention's queries and keys, by the layers that these come from."""
+
+    queries: str
+    keys: str
+    node: ir.Node
+
+    def sides(self) -> list[tuple[int, str, ir.Value]]:
+        """Of each input: its place, under what name its numbers are known, and itself."""
+        return [(place, f"{layer}{SCORES}", value) for place, layer, value in
+                zip((0, 1), (self.queries, self.keys), self.node.inputs, strict=True) if value is not None]
+
+
+def scores_of(graph: ir.Graph) -> list[Scores]:
+    """Of all attentions whose queries and keys are made by layers, in the order of the graph."""
+    names = {layer.node.outputs[0]: layer.name for layer in layers_of(graph)}
+    found = []
+    for node in graph:
+        readers = [reader.op_type for reader, _ in node.outputs[0].uses()]
+        if node.op_type == "MatMul" and readers == ["Softmax"]:
+            queries, keys = (_origin(value, names) for value in node.inputs)
+            if queries and keys:
+                found.append(Scores(queries, keys, node))
+    return found
+
+
+def _origin(value: ir.Value | None, names: Mapping[ir.Value, str]) -> str | None:
+    """The layer that made what a value is another arrangement, or a multiple, of."""
+    while value is not None and value not in names:
+        producer = value.producer()
+        value = producer.inputs[0] if producer is not None and producer.op_type in ARRANGING else None
+    return None if value is None else names[value]
+
+
 def layers_of(graph: ir.Graph) -> list[Layer]:
     """All layers, in the order of the graph."""
     found = []
@@ -79,14 +116,17 @@ def layers_of(graph: ir.Graph) -> list[Layer]:
 
 
 def quantize_model(model: ir.Model, treatment_of: Callable[[str], Treatment], grids: Mapping[str, LayerGrids],
-                   round_outputs: bool, signed: bool = False) -> dict[Treatment, int]:
+                   round_outputs: bool, signed: bool = False, round_scores: Callable[[str], bool] = lambda name: False,
+                   ) -> dict[Treatment, int]:
     """Rewrite the model in place; returns how many layers were treated how. `grids`: of those treated as "int8".
 
     `signed`: activations are stored as int8, which OpenVINO needs to see that a grid has no zero point.
     A palette's values are stored as floats: that measures what they lose, and saves nothing but in Core ML.
-    `round_outputs`: of convolutions, without which ONNX Runtime computes them in float.
+    `round_outputs`: of convolutions, without which ONNX Runtime computes them in float. `round_scores`: whether queries
+    that a layer makes, and the keys that they meet, are rounded for their product: OpenVINO multiplies those in int8.
     """
     pairs = _Pairs(model.graph, signed)
+    attentions = [scores for scores in scores_of(model.graph) if round_scores(scores.queries)]
     counts = dict.fromkeys(get_args(Treatment), 0)
     for layer in layers_of(model.graph):
         treatment = treatment_of(layer.name)
@@ -95,6 +135,9 @@ def quantize_model(model: ir.Model, treatment_of: Callable[[str], Treatment], gr
             layer.node.replace_input_with(1, pairs.palette(layer, bits))
         elif treatment != "float":
             _quantize(layer, pairs, grids[layer.name] if treatment == "int8" else None, round_outputs)
+    for scores in attentions:
+        for place, name, value in scores.sides():
+            scores.node.replace_input_with(place, pairs.activation(value, grids[name].input))
     RemoveUnusedNodesPass()(model)  # weights in float, and casts to it
     return {treatment: count for treatment, count in counts.items() if count}
 

@@ -15,7 +15,15 @@ from caphuman_edge.quant.calibration import photos_in
 from caphuman_edge.quant.histogram import Histogram, grid_of, rounded
 from caphuman_edge.quant.ranges import grids, load_histograms, observe, save_histograms
 from caphuman_edge.quant.recipe import FOLDER, Recipe, read_recipe, recipe_file
-from caphuman_edge.quant.rewrite import Grid, LayerGrids, layers_of, quantize_model, quantize_weight, weight_scales
+from caphuman_edge.quant.rewrite import (
+    Grid,
+    LayerGrids,
+    layers_of,
+    quantize_model,
+    quantize_weight,
+    scores_of,
+    weight_scales,
+)
 from caphuman_edge.quant.sensitivity import block_of, search, with_floats
 from caphuman_edge.runtime.contract import FULL
 from caphuman_edge.runtime.errors import BadInput
@@ -114,6 +122,73 @@ def test_onnx_runtime_computes_both_kinds_in_int8(tmp_path):
     operators = [node.op_type for node in ir.load(tmp_path / "optimised.onnx").graph]
     assert {"QLinearConv", "MatMulIntegerToFloat"} <= {*operators}, operators
     assert not {"Conv", "MatMul", "Gemm"} & {*operators}
+
+
+def attention():
+    """Two attentions over 4 tokens of 2 heads, the second with keys that no layer makes; and their weights."""
+    weights = {f"{name}.to_{side}.weight": RNG.normal(size=(8, 8)).astype(np.float32)
+               for name, side in (("one", "q"), ("one", "k"), ("two", "q"))}
+    tokens = ir.val("picture", ir.DataType.FLOAT, ir.Shape([1, 4, 8]))
+    graph = ir.Graph([tokens], [], nodes=[], opset_imports={"": 18})
+    stored = {name: constant(graph, name, array) for name, array in weights.items()}
+    shape, factor = constant(graph, "heads", np.array([1, 4, 2, 4])), constant(graph, "factor", np.float32(0.5))
+
+    def add(kind, *inputs, shape=None, **attributes):
+        node = ir.node(kind, inputs, attributes=attributes)
+        node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(shape or [1, 4, 8])
+        graph.append(node)
+        return node.outputs[0]
+
+    def heads(value, *order, last=(1, 2, 4, 4)):
+        return add("Mul", add("Transpose", add("Reshape", value, shape, shape=[1, 4, 2, 4]), perm=order, shape=last),
+                   factor, shape=last)
+
+    for name in ("one", "two"):
+        queries = heads(add("MatMul", tokens, stored[f"{name}.to_q.weight"]), 0, 2, 1, 3)
+        given = add("MatMul", tokens, stored["one.to_k.weight"]) if name == "one" else tokens
+        scores = add("MatMul", queries, heads(given, 0, 2, 3, 1), shape=[1, 2, 4, 4])
+        graph.outputs.append(add("Softmax", scores, axis=-1, shape=[1, 2, 4, 4]))
+    return ir.Model(graph, ir_version=10), weights
+
+
+def test_queries_and_keys_are_rounded_where_they_meet_and_nowhere_else():
+    model, weights = attention()
+    (scores,) = scores_of(model.graph)
+    assert (scores.queries, scores.keys) == ("one.to_q.weight", "one.to_k.weight")
+    tokens = RNG.normal(size=(1, 4, 8)).astype(np.float32)
+    before = run(model, tokens)
+    grids = {"one.to_q.weight/scores": LayerGrids(Grid(0.05, 0)), "one.to_k.weight/scores": LayerGrids(Grid(0.07, 0))}
+    asked = []
+    quantize_model(model, lambda name: "float", grids, round_outputs=False,
+                   round_scores=lambda name: asked.append(name) or True)
+    assert asked == ["one.to_q.weight"]
+    one, two = run(model, tokens)
+    queries, keys = (rounded((tokens @ weights[f"one.to_{side}.weight"]).reshape(1, 4, 2, 4).transpose(0, 2, 1, 3) / 2,
+                             grids[f"one.to_{side}.weight/scores"].input) for side in "qk")
+    powers = np.exp(queries @ keys.transpose(0, 1, 3, 2))
+    np.testing.assert_allclose(one, powers / powers.sum(-1, keepdims=True), atol=1e-5)
+    assert np.abs(one - before[0]).max() > 1e-4
+    np.testing.assert_array_equal(two, before[1])
+
+
+def test_numbers_of_queries_and_keys_are_observed_as_they_meet(tmp_path):
+    model, weights = attention()
+    ir.save(model, tmp_path / "model.onnx")
+    tokens = RNG.normal(size=(1, 4, 8)).astype(np.float32)
+    found = observe(tmp_path / "model.onnx", lambda: [{"picture": tokens}])
+    assert found["one.to_q.weight/scores"].high == pytest.approx(float((tokens @ weights["one.to_q.weight"]).max()) / 2)
+    assert "two.to_q.weight/scores" not in found
+
+
+def test_a_recipe_tells_which_scores_are_rounded_and_those_of_before_tell_none(tmp_path):
+    recipe = Recipe({}, round_scores=("*.attn1.to_q.weight",))
+    (tmp_path / "recipe.json").write_text(recipe.to_text())
+    assert read_recipe(tmp_path / "recipe.json") == recipe
+    assert recipe.rounds_scores("unet.1.attn1.to_q.weight") and not recipe.rounds_scores("unet.1.attn2.to_q.weight")
+    assert "round_scores" not in Recipe({}).to_text()
+    (tmp_path / "recipe.json").write_text(recipe.to_text().replace('["*.attn1.to_q.weight"]', '[1]'))
+    with pytest.raises(BadInput, match="no recipe"):
+        read_recipe(tmp_path / "recipe.json")
 
 
 def test_stored_signed_the_numbers_are_the_same():
