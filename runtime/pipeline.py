@@ -163,7 +163,7 @@ class Pipeline:
             raise BadInput("nobody is asked for, expected one person or more; pass a subject")
         given = dataclasses.replace(settings or Settings(), **changes)  # type: ignore[arg-type]
         chosen = complete(given, self.bundle.schedule, canvas)
-        self.machine.denoiser(self.bundle, people > 1 or control or chosen.enhancement != 0)
+        self._each_step(chosen, people, control)
         needed = [*(CONTROL if control else ()), *(["vae_encoder"] if canvas else []), decoder_of(chosen)]
         if missing := [name for name in needed if name not in self.bundle]:
             remedy = REMEDIES.get(missing[0], "build it with this version")
@@ -178,14 +178,21 @@ class Pipeline:
         """
         if self.machine.memory == "stage":
             return
-        names = self.machine.denoiser(self.bundle, people > 1 or control or settings.enhancement != 0)
+        loading = self._graphs.keys() | self._ahead.keys()
+        names = [name for name in self._each_step(settings, people, control) if name not in loading]
+        if not names:
+            return
         texts = _texts(settings)
         with warnings.catch_warnings():  # of a long prompt, which its encoding warns of
             warnings.simplefilter("ignore")
             count = most_windows(self.tokenizer, texts)
         lengths = {"batch": 1 if control else len(texts), "tokens": TEXT_TOKENS * count}  # as `Denoiser` calls them
-        for name in (name for name in names if name not in self._graphs and name not in self._ahead):
+        for name in names:
             self._ahead[name] = self._loader.submit(self._prepared, name, lengths)
+
+    def _each_step(self, settings: Settings, people: int, control: bool) -> tuple[str, ...]:
+        """The graphs of a step; raises BundleError where they are not to be had."""
+        return self.machine.denoiser(self.bundle, people > 1 or control or settings.enhancement != 0)
 
     def _prepared(self, name: str, lengths: dict[str, int]) -> Graph:
         """A graph of each step, loaded for such lengths; of no other state of the pipeline, whose thread goes on."""
