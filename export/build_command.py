@@ -83,6 +83,9 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--pool-keys", type=int, choices=(1, 2, 4), default=1, metavar="N", help="an approximation for "
                        "speed: the mean of N x N cells is one key of the finest self-attention, 2 or 4; compare with "
                        "'caphuman fidelity' (default: 1, exact)")
+    group.add_argument("--decode-tiles", type=tile_edge, default=0, metavar="EDGE", help="an approximation for memory: "
+                       "the portrait is decoded in tiles of EDGE x EDGE px, which overlap by a quarter or more; 128 and "
+                       "more in steps of 64, not for the tiny decoder (default: all at once, exact)")
     group.add_argument("--phone", action="store_true", help="Core ML packages for phones: the Neural Engine's form of "
                        "attention, weights of 6 bits, the UNet in two chunks")
     group.add_argument("--name", type=_name, help="of the bundle (default: that of its folder)")
@@ -112,6 +115,14 @@ def listed_formats(value: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(f"{', '.join(unknown) or repr(value)} is no format, expected some of "
                                          f"{', '.join(FORMATS)}, with commas between")
     return names
+
+
+def tile_edge(value: str) -> int:
+    """The value of --decode-tiles."""
+    if not value.isdecimal() or int(value) < 128 or int(value) % 64:
+        raise argparse.ArgumentTypeError(f"{value!r:.80} is no edge of tiles, expected such as 320: 128 px or more in "
+                                         "steps of 64")
+    return int(value)
 
 
 def _name(value: str) -> str:

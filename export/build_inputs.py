@@ -17,7 +17,7 @@ from caphuman_edge.ref.caphuman import CapHuman
 from caphuman_edge.ref.tiny_decoder import TinyDecoder
 from caphuman_edge.runtime.cache import cache_dir
 from caphuman_edge.runtime.contract import FULL, NANO, Config
-from caphuman_edge.runtime.errors import CheckpointError
+from caphuman_edge.runtime.errors import BadInput, CheckpointError
 from caphuman_edge.runtime.head.library import find_head
 from caphuman_edge.runtime.schedule import Schedule
 
@@ -32,7 +32,10 @@ def config_of(args: argparse.Namespace) -> Config:
     config = RANDOM[args.random_weights or "full"]
     width, height = args.size or (config.width, config.height)
     unet = dataclasses.replace(config.unet, key_pooling=args.pool_keys)
-    return dataclasses.replace(config, width=width, height=height, unet=unet)
+    if args.decode_tiles >= max(width, height):
+        raise BadInput(f"--decode-tiles is {args.decode_tiles}, but portraits have {width}x{height} px, which one tile "
+                       "holds; leave it out, or name a smaller edge")
+    return dataclasses.replace(config, width=width, height=height, unet=unet, decoder_tile=args.decode_tiles)
 
 
 def gather(args: argparse.Namespace, config: Config, schedule: Schedule,

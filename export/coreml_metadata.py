@@ -18,7 +18,7 @@ GRAPHS = {
     "control_encoder": "The ControlNet's picture to its hint; once a portrait.",
     "controlnet": "ControlNet: 13 residuals; once a step and guidance branch.",
     "vae_encoder": "A picture to the distribution of its latent; once a portrait that begins from one.",
-    "vae_decoder": "The last latent to the portrait; once a portrait.",
+    "vae_decoder": "The last latent, or a tile of it, to the portrait; once a portrait.",
     "tiny_decoder": "The last latent to the portrait, fast and a little worse than vae_decoder does it.",
     "preview_decoder": "A latent to a coarse picture at latent size; once a step, if at all.",
 }

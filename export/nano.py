@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from caphuman_edge.export.assemble import perception_in
-from caphuman_edge.export.build_command import listed_formats
+from caphuman_edge.export.build_command import listed_formats, tile_edge
 from caphuman_edge.export.builder import Sources, build
 from caphuman_edge.export.graphs import PreviewDecoder
 from caphuman_edge.export.preview import fit_preview
@@ -61,11 +61,12 @@ def main() -> int:
     parser.add_argument("--format", type=listed_formats, default=("onnx",), metavar="F,..", dest="formats",
                         help=f"one or several of {', '.join(FORMATS)} (default: onnx)")
     parser.add_argument("--pool-keys", type=int, choices=(1, 2, 4), default=1, help="as in 'caphuman build'")
+    parser.add_argument("--decode-tiles", type=tile_edge, default=0, metavar="EDGE", help="as in 'caphuman build'")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     facts = read_metadata(options.weights)
     schedule = schedule_of(facts, str(options.weights))
-    model = load_nano(options.weights, options.vae, options.pool_keys)
+    model = load_nano(options.weights, options.vae, options.pool_keys, options.decode_tiles)
     tiny = load_tiny(options.tiny, model.config) if options.tiny else None
     folders = {"model": options.weights, "vae": options.vae, **({"tiny": options.tiny} if options.tiny else {})}
     hashes = {f"{part}/{path.name}": digest for part, folder in folders.items()

@@ -31,6 +31,7 @@ SELECTING = ("formats", "fused", "split", "control", "tiny")  # options that say
 CONFIG_OF = {  # graphs that a part of the config decides alone, together with their weights and shapes
     "text_encoder": ("text",), "image_encoder": ("vision",), "vae_encoder": ("vae",), "vae_decoder": ("vae",),
     "tiny_decoder": (), "preview_decoder": ()}
+DECODING = ("tiny_channels", "decoder_tile")  # parts of the config that decide none of the others
 PREVIEW_STEP = 1 / 512  # the preview decoder is fitted anew for each build: its last bits differ, and nobody sees them
 
 
@@ -92,7 +93,7 @@ class _GraphFacts:
 
     def of(self, graph: str) -> dict[str, Any]:
         """As JSON holds it."""
-        sizes = CONFIG_OF.get(graph, tuple(self.config))
+        sizes = CONFIG_OF.get(graph, [name for name in self.config if name not in DECODING])
         return {"weights": self._weights(graph), "tensors": dataclasses.asdict(self.specs[graph]),
                 "module": type(self.modules[graph]).__qualname__, "config": {name: self.config[name] for name in sizes}}
 

@@ -63,9 +63,10 @@ class Column:
 
 
 def _sizes(config: Config) -> Config:
-    """The config without what two forms of one model may differ in: pooled keys, and a tiny decoder's width."""
+    """The config without what two forms of one model may differ in: pooled keys, and how latents are decoded."""
     unet = dataclasses.replace(config.unet, key_pooling=1)
-    return dataclasses.replace(config, unet=unet, tiny_channels=Config.tiny_channels)
+    return dataclasses.replace(config, unet=unet, tiny_channels=Config.tiny_channels,
+                               decoder_tile=Config.decoder_tile)
 
 
 def columns(bundle: Bundle, reference: Bundle, backends: Sequence[str], schedules: Sequence[str],

@@ -92,6 +92,7 @@ class Config:
     identity_width: int = 512  # length of the face-recognition vector
     identity_size: int = 160  # px, edge of the face that it is made from: 160 is FaceNet's, 112 SFace's
     tiny_channels: int = 64  # width of the fast decoder: 64 is TAESD's
+    decoder_tile: int = 0  # px, edge of the tiles that vae_decoder makes one at a time; 0 makes all at once, exactly
     unet: UNetConfig = UNetConfig()
     text: TextConfig = TextConfig()
     vision: VisionConfig = VisionConfig()
@@ -101,6 +102,13 @@ class Config:
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, rows, columns) of one latent."""
         return self.vae.latent_channels, self.height // self.vae.downscale, self.width // self.vae.downscale
+
+    @property
+    def tile_shape(self) -> tuple[int, int]:
+        """(rows, columns) of latent cells that `vae_decoder` takes at once."""
+        rows, columns = self.latent_shape[1:]
+        edge = self.decoder_tile // self.vae.downscale
+        return (min(edge, rows), min(edge, columns)) if edge else (rows, columns)
 
     @property
     def face_tokens(self) -> int:
@@ -263,7 +271,8 @@ def _vae_graphs(config: Config) -> list[GraphSpec]:
     picture = TensorSpec("sample", (1, 3, config.height, config.width))
     return [
         GraphSpec("vae_encoder", (picture,), (TensorSpec("latent_parameters", (1, 2 * channels, rows, columns)),)),
-        GraphSpec("vae_decoder", (latent,), (picture,)),
+        GraphSpec("vae_decoder", (TensorSpec("latent_sample", (1, channels, *config.tile_shape)),),
+                  (TensorSpec("sample", (1, 3, *(config.vae.downscale * cells for cells in config.tile_shape))),)),
         GraphSpec("tiny_decoder", (latent,), (picture,)),  # the same in a fraction of the time, and a little worse
         GraphSpec("preview_decoder", (latent,), (TensorSpec("sample", (1, 3, rows, columns)),)),
     ]

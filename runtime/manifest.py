@@ -215,7 +215,7 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
     """The sizes with what bundles of before lack."""
     unet = config.get("unet")
     newer = {"unet": {"key_pooling": FULL.unet.key_pooling, **unet}} if isinstance(unet, dict) else {}
-    return {"tiny_channels": FULL.tiny_channels, **config, **newer}
+    return {"tiny_channels": FULL.tiny_channels, "decoder_tile": FULL.decoder_tile, **config, **newer}
 
 
 def _like(data: object, pattern: dict[str, Any], where: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .bundle import Bundle
 from .cache import sha256_of
 from .canvas import Canvas, Known, drawn_cells
 from .condition import condition_maps, landmark_picture
-from .contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS, TEXT_TOKENS
+from .contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS, TEXT_TOKENS, graphs
 from .denoise import Conditions, Denoiser, scales_of, within
 from .errors import BadInput, BundleError
 from .framing import Fit
@@ -33,8 +33,10 @@ from .render import Renderer, open_renderer
 from .request import Person, Settings, complete, decoder_of, sampling
 from .samplers import DISTILLED, lay_out, sample
 from .schedule import SamplerStep
+from .tiles import in_tiles
 from .tokenizer import Tokenizer
 
+IMAGE_ENCODER = "image_encoder"
 HEAD_ENCODER = "head_encoder"  # DECA: of use to FLAME heads alone
 CONTROL = ("control_encoder", "controlnet")  # the graphs of a second control
 TOGETHER = (*PERCEPTION_GRAPHS, *OFFICIAL_GRAPHS, "preview_decoder")  # small: they put no other graph out of memory
@@ -187,7 +189,8 @@ class Pipeline:
             warnings.simplefilter("ignore")
             count = most_windows(self.tokenizer, texts)
         lengths = {"batch": 1 if control else len(texts), "tokens": TEXT_TOKENS * count}  # as `Denoiser` calls them
-        for name in names:
+        first = [IMAGE_ENCODER] * (IMAGE_ENCODER not in loading)  # large, too, and needed sooner
+        for name in (*first, *names):
             self._ahead[name] = self._loader.submit(self._prepared, name, lengths)
 
     def _each_step(self, settings: Settings, people: int, control: bool) -> tuple[str, ...]:
@@ -207,7 +210,8 @@ class Pipeline:
 
     def decode(self, latent: Float32[np.ndarray, "1 c h w"], decoder: str) -> UInt8[np.ndarray, "H W 3"]:
         """A scaled latent as pixels, truncated as the official tool does."""
-        sample = self.graph(decoder)({"latent_sample": latent})["sample"][0]
+        graph, (cells,) = self.graph(decoder), graphs(self.bundle.config)[decoder].inputs
+        (sample,) = in_tiles(lambda part: graph({"latent_sample": part})["sample"], latent, *cells.shape[-2:])
         return np.clip(sample * 127.5 + 127.5, 0, 255).astype(np.uint8).transpose(1, 2, 0)
 
     def graph(self, name: str) -> Graph:
@@ -224,6 +228,7 @@ class Pipeline:
     def _forget(self, but: Collection[str] = ()) -> None:
         """Let go of graphs, those that measure photos included."""
         self._graphs = {name: graph for name, graph in self._graphs.items() if name in but}
+        self._ahead = {name: graph for name, graph in self._ahead.items() if name in but}
         for stage in ("see", "heads"):
             self.__dict__.pop(stage, None)
         give_back()
@@ -297,7 +302,7 @@ class Pipeline:
             raise BadInput(f"a person's mask has {who.mask.shape[1]}x{who.mask.shape[0]} px, expected "
                            f"{self.bundle.config.width}x{self.bundle.config.height}; scale it to the bundle's frame")
         subject, head = who.subject, who.head or who.subject.head
-        tokens = self._encode("image_encoder", {"pixel_values": subject.face_crop[None]})["last_hidden_state"]
+        tokens = self._encode(IMAGE_ENCODER, {"pixel_values": subject.face_crop[None]})["last_hidden_state"]
         person = self._encode("hint_encoder", {"maps": self.maps(head)[None], "image_tokens": tokens,
                                                "identity": subject.identity[None]})
         del person["mask"]

@@ -38,14 +38,16 @@ def load_tiny(folder: Path, config: Config) -> TinyDecoder:
     return model.eval().requires_grad_(False)
 
 
-def load_nano(folder: Path, vae_folder: Path, key_pooling: int = 1) -> CapHuman:
+def load_nano(folder: Path, vae_folder: Path, key_pooling: int = 1, decoder_tile: int = 0) -> CapHuman:
     """The miniature of a `training.nano` run with its autoencoder, in float32, without gradients.
 
-    The latent scale is that of the labels it was trained on. `key_pooling` as in UNetConfig.
+    The latent scale is that of the labels it was trained on. `key_pooling` as in UNetConfig, `decoder_tile` as in
+    Config.
     """
     config = Config.from_json(read_metadata(folder)["config"])
     # weights of before these fields lack them; every miniature reads identities from the same network
     config = dataclasses.replace(config, identity_size=NANO.identity_size, tiny_channels=NANO.tiny_channels,
+                                 decoder_tile=decoder_tile,
                                  unet=dataclasses.replace(config.unet, key_pooling=key_pooling))
     model = CapHuman(config)
     weights = read_weights(folder) | prefixed(read_weights(vae_folder), "first_stage_model.")

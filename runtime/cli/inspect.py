@@ -63,13 +63,21 @@ def text(report: dict[str, Any]) -> str:
     return "\n".join([
         f"{report['name']}: portraits of {config['width']} x {config['height']} px in {schedule['steps']} "
         f"{schedule['kind']} steps ({schedule['timesteps']} timesteps), guidance {schedule['guidance']:g}, "
-        f"of the person {schedule['identity_guidance']:g}", "",
+        f"of the person {schedule['identity_guidance']:g}", *_approximations(config), "",
         *_table({"folder": report["folder"], "sha256": report["sha256"],
                  "size": f"{size(report['bytes'])} ({sizes}; shared files once)"}.items(), ""),
         *_components(report["components"]),
         "", "parity with the reference: 40 dB is an error of 1 %, 60 dB of 0.1 % of a graph's largest output",
         "", "licences", *_table(report["licences"].items()), "", "made from", *_provenance(report["provenance"]),
     ])
+
+
+def _approximations(config: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each that the bundle was built with."""
+    if (edge := config["unet"]["key_pooling"]) > 1:
+        yield f"approximation: {edge} x {edge} cells are one key of the finest self-attention"
+    if edge := config["decoder_tile"]:
+        yield f"approximation: vae_decoder makes tiles of {edge} px, which overlap"
 
 
 def size(count: int) -> str:
