@@ -1,0 +1,211 @@
+"""Arrange OpenVINO's form of a transformer block so that fewer tensors are copied.
+
+The tracer writes what PyTorch does, whose views and chunks cost nothing there. OpenVINO copies: keys are transposed
+twice; a gated layer's two halves are taken apart; and around blocks, where feature maps become rows of tokens, 1x1
+convolutions ask for channels last, norms for channels first. Keys are transposed once here, gated layers become two
+products, and those convolutions become products of rows. Each number is computed as before.
+"""
+from collections.abc import Iterator
+
+import numpy as np
+import openvino
+from openvino import opset13 as op
+
+Value = openvino.Output
+Node = openvino.Node
+ROUNDING = ("FakeQuantize", "Convert", "Multiply", "Subtract")  # between a tensor and who reads it in 8 bits
+ROWS, HEADS, KEYS = [0, 2, 1], [0, 2, 1, 3], [0, 2, 3, 1]  # orders of transposes
+
+
+def arrange(model: openvino.Model) -> None:
+    """Rearrange all that is found of these three; what looks otherwise stays as it is."""
+    for node in model.get_ordered_ops():
+        kind = node.get_type_name()
+        if kind == "Transpose":
+            _keys_at_once(node)
+            _rows_before(node)
+        elif kind == "Split":
+            _two_products(node)
+        elif kind == "Convolution":
+            _rows_after(node)
+    model.validate_nodes_and_infer_types()
+
+
+def _keys_at_once(node: Node) -> None:
+    """Heads to the front, then, in three axes, the last two exchanged, back to four: one transpose."""
+    three, after = _producer(node), _only_reader(node)
+    heads = three and _producer(three)
+    if not (_order(node) == ROWS and three and three.get_type_name() == "Reshape" and heads and after
+            and _order(heads) == HEADS and after.get_type_name() == "Reshape" and _rank(after.output(0)) == 4):
+        return
+    keys = op.transpose(heads.input_value(0), op.constant(np.array(KEYS)))
+    if keys.get_output_partial_shape(0).compatible(after.get_output_partial_shape(0)):
+        _take_the_place(after, keys)
+
+
+def _two_products(node: Node) -> None:
+    """The halves of a product's last axis: each a product of its own."""
+    added = _producer(node)
+    product = added and (_producer(added) if added.get_type_name() == "Add" else added)
+    axis = node.input_value(1).get_node()
+    if not (node.get_attributes()["num_splits"] == 2 and product and product.get_type_name() == "MatMul"
+            and axis.get_type_name() == "Constant" and int(axis.data) in (-1, _rank(node.output(0)) - 1)):
+        return
+    flags = product.get_attributes()
+    for half in range(2):
+        weight = _half(product.input_value(1), half, 0 if flags["transpose_b"] else 1)
+        found = op.matmul(product.input_value(0), weight, flags["transpose_a"], flags["transpose_b"])
+        found.set_friendly_name(f"{product.get_friendly_name()}/{half}")
+        if added is not product:
+            bias = added.input_value(1)
+            found = op.add(found, _half(bias, half, _rank(bias) - 1))
+        _take_the_place(node, found, half)
+
+
+def _rows_before(node: Node) -> None:
+    """A 1x1 convolution whose cells become rows: rows first, then a product."""
+    view = _producer(node)
+    if not (_order(node) == ROWS and view and view.get_type_name() == "Reshape" and _rank(view.input_value(0)) == 4):
+        return
+    convolution, bias = _with_bias(view.input_value(0))
+    if convolution is None or not _is_pointwise(convolution):
+        return
+    image, channels = convolution.input_value(0), _channels(convolution.input_value(0))
+    rows = op.transpose(op.reshape(image, op.constant(np.array([0, channels, -1])), True), op.constant(np.array(ROWS)))
+    _take_the_place(node, _product(rows.output(0), convolution, bias))
+
+
+def _rows_after(node: Node) -> None:
+    """A 1x1 convolution of what just were rows: a product first, then cells."""
+    if not _is_pointwise(node):
+        return
+    image = _producer(node)
+    rounding = []
+    while image and image.get_type_name() in ROUNDING and len(image.output(0).get_target_inputs()) == 1:
+        rounding.append(image)
+        image = _producer(image)
+    turned = image and _producer(image)
+    if not (image and image.get_type_name() == "Reshape" and turned and _order(turned) == ROWS
+            and _rank(image.output(0)) == 4 and len(image.output(0).get_target_inputs()) == 1):
+        return
+    last, bias = _reader_with_bias(node)
+    if last is None:
+        return
+    rows = turned.input_value(0)
+    if rounding:
+        rounding[-1].input(0).replace_source_output(rows)
+        rows = node.input_value(0)
+        for each in reversed(rounding):
+            each.validate_and_infer_types()
+    found = op.transpose(_product(rows, node, bias), op.constant(np.array(ROWS)))
+    _take_the_place(last, op.reshape(found, image.input_value(1), image.get_attributes()["special_zero"]))
+
+
+def _product(rows: Value, convolution: Node, bias: Value | None) -> Node:
+    """What a 1x1 convolution computes, of rows of channels."""
+    found = op.matmul(rows, _as_matrix(convolution.input_value(1)), False, True)
+    found.set_friendly_name(convolution.get_friendly_name())
+    return found if bias is None else op.add(found, bias)
+
+
+def _as_matrix(weight: Value) -> Value:
+    """A constant of 1x1 kernels, rounded or not, without the kernels' axes."""
+    node = weight.get_node()
+    kind = node.get_type_name()
+    shape = [*weight.get_shape()[:2]] if _rank(weight) == 4 else [*weight.get_shape()]
+    if kind == "Constant":
+        return op.constant(node.data.reshape(shape)).output(0) if _rank(weight) == 4 else weight
+    if kind == "Convert":
+        return op.convert(_as_matrix(node.input_value(0)), node.get_element_type()).output(0)
+    if kind == "Reshape":
+        return op.reshape(node.input_value(0), op.constant(np.array(shape)), False).output(0)
+    make = {"Multiply": op.multiply, "Subtract": op.subtract}[kind]
+    return make(*map(_as_matrix, node.input_values())).output(0)
+
+
+def _half(value: Value, half: int, axis: int) -> Value:
+    """One half along an axis of a constant, rounded or not; of what has one number there, all of it."""
+    node, shape = value.get_node(), list(value.get_shape())
+    if len(shape) <= axis or shape[axis] == 1:
+        return value
+    kind, shape[axis] = node.get_type_name(), shape[axis] // 2
+    if kind == "Constant":
+        return op.constant(np.ascontiguousarray(np.split(node.data, 2, axis)[half])).output(0)
+    if kind == "Convert":
+        return op.convert(_half(node.input_value(0), half, axis), node.get_element_type()).output(0)
+    if kind == "Reshape":  # scales, one an output
+        return op.reshape(_half(node.input_value(0), half, 0), op.constant(np.array(shape)), False).output(0)
+    make = {"Multiply": op.multiply, "Subtract": op.subtract}[kind]
+    return make(*(_half(each, half, axis) for each in node.input_values())).output(0)
+
+
+def _with_bias(value: Value) -> tuple[Node | None, Value | None]:
+    """The convolution that a value comes from, and its bias, one number a channel."""
+    node = value.get_node()
+    if node.get_type_name() == "Convolution":
+        return node, None
+    if node.get_type_name() != "Add" or node.input_value(0).get_node().get_type_name() != "Convolution":
+        return None, None
+    bias = node.input_value(1).get_node()
+    if bias.get_type_name() != "Reshape" or _rank(bias.input_value(0)) != 1:
+        return None, None
+    return node.input_value(0).get_node(), bias.input_value(0)
+
+
+def _reader_with_bias(convolution: Node) -> tuple[Node | None, Value | None]:
+    """The node whose output is the convolution's with its bias, and that bias."""
+    reader = _only_reader(convolution)
+    found, bias = _with_bias(reader.output(0)) if reader else (None, None)
+    return (reader, bias) if found is not None and bias is not None else (convolution, None)
+
+
+def _is_pointwise(node: Node) -> bool:
+    attributes, kernel = node.get_attributes(), node.input_value(1).get_partial_shape()
+    return (kernel.is_static and list(kernel.to_shape())[2:] == [1, 1] and list(attributes["strides"]) == [1, 1]
+            and not any([*attributes["pads_begin"], *attributes["pads_end"]]) and _is_constant(node.input_value(1)))
+
+
+def _is_constant(value: Value) -> bool:
+    """A constant, or what 8 bits of one stand for."""
+    node = value.get_node()
+    kind = node.get_type_name()
+    if kind in ("Convert", "Reshape"):
+        return _is_constant(node.input_value(0))
+    return kind == "Constant" or (kind in ("Multiply", "Subtract") and all(map(_is_constant, node.input_values())))
+
+
+def _channels(value: Value) -> int:
+    return int(value.get_partial_shape()[1].get_length())
+
+
+def _order(node: Node) -> list[int] | None:
+    """Of a transpose."""
+    if node.get_type_name() != "Transpose":
+        return None
+    order = node.input_value(1).get_node()
+    return [int(axis) for axis in order.data] if order.get_type_name() == "Constant" else None
+
+
+def _rank(value: Value) -> int:
+    shape = value.get_partial_shape()
+    return len(shape) if shape.rank.is_static else 0
+
+
+def _producer(node: Node) -> Node | None:
+    return node.input_value(0).get_node() if node.inputs() else None
+
+
+def _only_reader(node: Node) -> Node | None:
+    readers = [*_readers(node)]
+    return readers[0] if len(readers) == 1 else None
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    for port in node.output(0).get_target_inputs():
+        yield port.get_node()
+
+
+def _take_the_place(old: Node, new: Node, output: int = 0) -> None:
+    """Whoever read the old node's output reads the new node's."""
+    for port in old.output(output).get_target_inputs():
+        port.replace_source_output(new.output(0))
