@@ -84,8 +84,8 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
                        "speed: the mean of N x N cells is one key of the finest self-attention, 2 or 4; compare with "
                        "'caphuman fidelity' (default: 1, exact)")
     group.add_argument("--decode-tiles", type=tile_edge, default=0, metavar="EDGE", help="an approximation for memory: "
-                       "the portrait is decoded in tiles of EDGE x EDGE px, which overlap by a quarter or more; 128 and "
-                       "more in steps of 64, not for the tiny decoder (default: all at once, exact)")
+                       "the portrait is decoded in tiles of EDGE x EDGE px, which overlap by a quarter or more; 128 "
+                       "and more in steps of 64, not for the tiny decoder (default: all at once, exact)")
     group.add_argument("--phone", action="store_true", help="Core ML packages for phones: the Neural Engine's form of "
                        "attention, weights of 6 bits, the UNet in two chunks")
     group.add_argument("--name", type=_name, help="of the bundle (default: that of its folder)")

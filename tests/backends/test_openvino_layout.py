@@ -119,13 +119,10 @@ def test_keys_are_transposed_once():
     (IMAGE, lambda image: convolved(op.tanh(image))),
     (ROWS, lambda rows: convolved(as_image(rows), kernel=3)),
     (ROWS, lambda rows: keys(rows, order=(0, 2, 3, 1)))],
-    ids=["thirds", "of no product", "of another axis", "3x3", "strided", "of an image", "3x3 after rows", "other order"])
+    ids=["thirds", "of no product", "of another axis", "3x3", "strided", "of no rows", "3x3 of rows", "other order"])
 def test_what_only_looks_alike_stays(shape, make):
     x = op.parameter(list(shape), np.float32)
-    try:
-        model = openvino.Model([make(x)], [x])
-    except RuntimeError:
-        pytest.fail("the test's own network is wrong")
+    model = openvino.Model([make(x)], [x])
     had = counts(model)
     arrange(model)
     assert counts(model) == had
@@ -158,4 +155,4 @@ def test_graphs_of_the_miniature_give_what_they_gave(graph, texts):
     assert psnr_db(after, before) > (40 if graph == "denoiser" else 90)
     assert sum(has.values()) < sum(had.values())
     if graph == "denoiser":
-        assert had["Split"] and not has["Split"] and had["Convolution"] - has["Convolution"] == 2 * 16
+        assert had["Split"] and not has["Split"] and had["Convolution"] - has["Convolution"] == 16  # others' outputs are rounded
