@@ -21,6 +21,7 @@ from openvino import opset13 as op
 LEAST = 2e-5  # seconds; what takes less is a node that was left empty
 SPAN = 4.0  # of the numbers that int8 layers read
 AROUND_WEIGHTS = ("Convert", "Multiply", "Subtract", "Reshape", "FakeQuantize", "Transpose")
+ARITHMETICS = ("int8", "bf16", "f32")  # of attention in int8 queries and keys, its probabilities in bf16
 COUNTED = {"conv": ("Convolution",), "attention": ("Subgraph", "MatMul", "Softmax"),  # OpenVINO's nodes, by kind
            "matmul": ("FullyConnected", "MatMul", "FullyConnectedQuantizedLegacy")}
 
@@ -66,7 +67,7 @@ def layers_of(model: Path, texts: int) -> Counter[Layer]:
 def measure(layers: Counter[Layer], threads: int | None, rounds: int) -> dict[str, Any]:
     """Seconds of each kind of layer and of all; the fastest arithmetic of each shape."""
     runs = {(layer, arithmetic): _Run(layer, arithmetic, threads)
-            for layer in layers for arithmetic in _arithmetics(layer)}
+            for layer in layers for arithmetic in ARITHMETICS}
     times: dict[tuple[Layer, str], list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
         for key, run in runs.items():
@@ -124,10 +125,6 @@ def _is_constant(value: Any) -> bool:
     return bool(node.get_type_name() == "Constant")
 
 
-def _arithmetics(layer: Layer) -> tuple[str, ...]:
-    return ("bf16", "f32") if layer.kind == "attention" else ("int8", "bf16", "f32")
-
-
 class _Run:
     """A layer as a network of its own; calling it gives its seconds."""
 
@@ -164,7 +161,7 @@ def _product(layer: Layer, rounded: bool) -> tuple[list[Any], list[Any]]:
     return [op.transpose(product, op.constant(np.array([0, 2, 1])))], [tokens]  # or it would write float32
 
 
-def _attention(layer: Layer, _: bool) -> tuple[list[Any], list[Any]]:
+def _attention(layer: Layer, rounded: bool) -> tuple[list[Any], list[Any]]:
     heads, queries, keys, width = layer.sizes
     ports = [op.parameter([1, count, heads * width], np.float32) for count in (queries, keys, keys)]
 
@@ -173,7 +170,8 @@ def _attention(layer: Layer, _: bool) -> tuple[list[Any], list[Any]]:
         return op.transpose(apart, op.constant(np.array(order)))
 
     query = op.multiply(split(ports[0], (0, 2, 1, 3)), op.constant(np.float32(width**-0.5)))
-    mixed = op.matmul(op.softmax(op.matmul(query, split(ports[1], (0, 2, 3, 1)), False, False), -1),
+    scores = op.matmul(_read(query, rounded), _read(split(ports[1], (0, 2, 3, 1)), rounded), False, False)
+    mixed = op.matmul(op.softmax(scores, -1),
                       split(ports[2], (0, 2, 1, 3)), False, False)
     return [mixed], ports
 

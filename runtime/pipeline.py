@@ -173,10 +173,10 @@ class Pipeline:
         return chosen
 
     def prepare(self, settings: Settings, people: int = 1, control: bool = False) -> None:
-        """Begin to load, on another thread, what runs at each step, with settings that `settings` gave.
+        """Begin to load, on another thread, the image encoder and what runs at each step.
 
-        `generate` does so itself, before anything is encoded; called before photos are measured, it gains that time,
-        too. What fails is raised where the graph is needed. Does nothing where memory is held by the stage.
+        `settings` are those that the method of that name gave. `generate` does so itself, before anything is encoded;
+        called before photos are measured, it gains that time, too. What fails is raised where the graph is needed. Does nothing where memory is held by the stage.
         """
         if self.machine.memory == "stage":
             return
