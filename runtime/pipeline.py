@@ -176,7 +176,8 @@ class Pipeline:
         """Begin to load, on another thread, the image encoder and what runs at each step.
 
         `settings` are those that the method of that name gave. `generate` does so itself, before anything is encoded;
-        called before photos are measured, it gains that time, too. What fails is raised where the graph is needed. Does nothing where memory is held by the stage.
+        called before photos are measured, it gains that time, too. What fails is raised where the graph is needed. Does
+        nothing where memory is held by the stage.
         """
         if self.machine.memory == "stage":
             return
