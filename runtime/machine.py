@@ -13,7 +13,6 @@ from .contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS, GraphSpec, TensorSpec,
 from .errors import BundleError
 
 FALLBACK = "ort"  # of the base installation, so always there
-MEASURING = (*PERCEPTION_GRAPHS, *OFFICIAL_GRAPHS)  # once a photo
 FUSED, SPLIT = ("denoiser",), ("capface", "unet")  # the two forms of what runs at each step
 EACH_STEP = (*FUSED, *SPLIT, "controlnet")
 INT8 = "int8"  # the precision of a form whose activations are rounded, too
@@ -56,15 +55,13 @@ class Machine:
                           "or build a bundle that has it")
 
     def runner(self, bundle: Bundle, name: str) -> str:
-        """The backend that runs a graph: the chosen one, or ort for what measures photos, or is stored as ONNX alone.
+        """The backend that runs a graph: the chosen one, or ort where the graph is stored as ONNX alone.
 
-        The former are small, so that compiling them takes longer than running them. What runs at each step is never
-        handed to ort: nobody asks for another backend to get that one there. Raises BundleError where neither can run
-        it.
+        Such are the graphs that measure photos in a bundle for Core ML. What runs at each step is never handed to ort:
+        nobody asks for another backend to get that one there. Raises BundleError where neither can run it.
         """
         formats = open_backend(self.backend).FORMATS
-        handed = name in MEASURING or (name not in EACH_STEP and not bundle.stored(name, formats))
-        if handed and bundle.stored(name, ["onnx"]):
+        if name not in EACH_STEP and not bundle.stored(name, formats) and bundle.stored(name, ["onnx"]):
             return FALLBACK
         bundle.form(name, formats)  # raises
         return self.backend
@@ -81,7 +78,7 @@ class Machine:
         """Load a graph, for any number of rows. Raises BundleError, ShapeMismatch, BadInput, MissingExtra."""
         runner = self.runner(bundle, name)
         if runner != self.backend:
-            if name not in MEASURING:
+            if name not in PERCEPTION_GRAPHS + OFFICIAL_GRAPHS:
                 warnings.warn(f"{name} is not stored for backend {self.backend}: {runner} runs it", stacklevel=2)
             return bundle.graph(name, runner, threads=self.threads)
         device = "cpu" if name == THRESHOLDS else self.device

@@ -182,14 +182,6 @@ def test_another_backend_leaves_what_is_stored_as_onnx_alone_to_ort(pipe):
     assert machine.load(bundle, "face_detector")  # runs here, although Core ML does not
 
 
-def test_what_measures_photos_is_ort_s_on_any_backend(pipe):
-    machine = Machine("openvino")
-    assert machine.runner(pipe.bundle, "denoiser") == "openvino"
-    assert {machine.runner(pipe.bundle, name) for name in PERCEPTION_GRAPHS} == {"ort"}
-    only = stored_as(pipe.bundle, "openvino", "face_detector")
-    assert machine.runner(only, "face_detector") == "openvino"
-
-
 def test_what_runs_at_each_step_is_never_handed_to_another_backend(pipe):
     with pytest.raises(BundleError, match=r"denoiser \(onnx\), .* unet as coreml, which backend coreml reads; choose"):
         Machine("coreml").denoiser(pipe.bundle)
