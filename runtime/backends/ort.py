@@ -47,6 +47,8 @@ def _options(threads: int | None) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = WARNINGS_OFF
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # between calls numpy and GL need the cores on which workers would wait for work
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
         # Who limits threads shares the machine: waiting threads sleep instead of burning their core.
