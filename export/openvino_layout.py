@@ -6,13 +6,14 @@ convolutions ask for channels last, norms for channels first. Keys are transpose
 products, and those convolutions become products of rows. Each number is computed as before.
 """
 from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import numpy as np
 import openvino
 from openvino import opset13 as op
 
-Value = openvino.Output
-Node = openvino.Node
+Node: TypeAlias = Any  # OpenVINO's, whose package has no types
+Value: TypeAlias = Any  # a node's output
 ROUNDING = ("FakeQuantize", "Convert", "Multiply", "Subtract")  # between a tensor and who reads it in 8 bits
 ROWS, HEADS, KEYS = [0, 2, 1], [0, 2, 1, 3], [0, 2, 3, 1]  # orders of transposes
 

@@ -16,7 +16,7 @@ from .bundle import Bundle
 from .cache import sha256_of
 from .canvas import Canvas, Known, drawn_cells
 from .condition import condition_maps, landmark_picture
-from .contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS, TEXT_TOKENS, graphs
+from .contract import OFFICIAL_GRAPHS, PERCEPTION_GRAPHS, TEXT_TOKENS
 from .denoise import Conditions, Denoiser, scales_of, within
 from .errors import BadInput, BundleError
 from .framing import Fit
@@ -30,7 +30,7 @@ from .perception import InsightFace, Perception
 from .portrait import Step
 from .prompt import most_windows, text_tokens
 from .render import Renderer, open_renderer
-from .request import Person, Settings, complete, decoder_of, sampling
+from .request import DECODERS, KL, Person, Settings, complete, decoder_of, sampling
 from .samplers import DISTILLED, lay_out, sample
 from .schedule import SamplerStep
 from .tiles import in_tiles
@@ -211,8 +211,9 @@ class Pipeline:
 
     def decode(self, latent: Float32[np.ndarray, "1 c h w"], decoder: str) -> UInt8[np.ndarray, "H W 3"]:
         """A scaled latent as pixels, truncated as the official tool does."""
-        graph, (cells,) = self.graph(decoder), graphs(self.bundle.config)[decoder].inputs
-        (sample,) = in_tiles(lambda part: graph({"latent_sample": part})["sample"], latent, *cells.shape[-2:])
+        graph = self.graph(decoder)
+        tile = self.bundle.config.tile_shape if decoder == DECODERS[KL] else latent.shape[-2:]
+        (sample,) = in_tiles(lambda part: graph({"latent_sample": part})["sample"], latent, *tile)
         return np.clip(sample * 127.5 + 127.5, 0, 255).astype(np.uint8).transpose(1, 2, 0)
 
     def graph(self, name: str) -> Graph:
