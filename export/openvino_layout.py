@@ -46,10 +46,9 @@ def _keys_at_once(node: Node) -> None:
 
 def _two_products(node: Node) -> None:
     """The halves of a product's last axis: each a product of its own."""
-    added = _producer(node)
-    product = added and (_producer(added) if added.get_type_name() == "Add" else added)
-    axis = node.input_value(1).get_node()
-    if not (node.get_attributes()["num_splits"] == 2 and product and product.get_type_name() == "MatMul"
+    added, axis = (value.get_node() for value in node.input_values())
+    product = added.input_value(0).get_node() if added.get_type_name() == "Add" else added
+    if not (node.get_attributes()["num_splits"] == 2 and product.get_type_name() == "MatMul"
             and axis.get_type_name() == "Constant" and int(axis.data) in (-1, _rank(node.output(0)) - 1)):
         return
     flags = product.get_attributes()
