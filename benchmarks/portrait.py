@@ -95,11 +95,9 @@ def end_to_end(bundle: Path, photo: Path, rounds: int) -> Row:
         sides = {"reference": stack.enter_context(Side("reference")),
                  "same": stack.enter_context(Side("ours", *base, "--texts", GUIDED, "--steps", OFFICIAL_STEPS,
                                                   "--stop-after", MEASURED)),
-                 "few_kl": stack.enter_context(Side("ours", *base, "--steps", FEW))}
+                 "few_kl": stack.enter_context(Side("ours", *base, "--steps", FEW)),
+                 "few": stack.enter_context(Side("ours", *base, "--steps", FEW, "--decoder", "tiny"))}
         rows = taken(sides, rounds)
-        del sides["reference"], sides["same"]
-        sides["few"] = stack.enter_context(Side("ours", *base, "--steps", FEW, "--decoder", "tiny"))
-        rows["few"] = taken(sides, rounds)["few"]
     parts = {name: statistics.median(row["graphs"][name] for row in rows["reference"])
              for name in rows["reference"][0]["graphs"]}
     same, few_kl, few = (split(rows[name]) for name in ("same", "few_kl", "few"))
