@@ -51,6 +51,8 @@ def _two_products(node: Node) -> None:
     if not (node.get_attributes()["num_splits"] == 2 and product.get_type_name() == "MatMul"
             and axis.get_type_name() == "Constant" and int(axis.data) in (-1, _rank(node.output(0)) - 1)):
         return
+    if not all(_is_constant(each.input_value(1)) for each in (product, added)):
+        return
     flags = product.get_attributes()
     for half in range(2):
         weight = _half(product.input_value(1), half, 0 if flags["transpose_b"] else 1)
@@ -81,12 +83,12 @@ def _rows_after(node: Node) -> None:
         return
     image = _producer(node)
     rounding = []
-    while image and image.get_type_name() in ROUNDING and len(image.output(0).get_target_inputs()) == 1:
+    while image and image.get_type_name() in ROUNDING and _only_reader(image) and _of_one_number(image):
         rounding.append(image)
         image = _producer(image)
     turned = image and _producer(image)
     if not (image and image.get_type_name() == "Reshape" and turned and _order(turned) == ROWS
-            and _rank(image.output(0)) == 4 and len(image.output(0).get_target_inputs()) == 1):
+            and _rank(image.output(0)) == 4 and _only_reader(image)):
         return
     last, bias = _reader_with_bias(node)
     if last is None:
@@ -172,6 +174,12 @@ def _is_constant(value: Value) -> bool:
     if kind in ("Convert", "Reshape"):
         return _is_constant(node.input_value(0))
     return kind == "Constant" or (kind in ("Multiply", "Subtract") and all(map(_is_constant, node.input_values())))
+
+
+def _of_one_number(node: Node) -> bool:
+    """Whether all that it reads besides a tensor is single numbers, so that the tensor's axes do not matter."""
+    return all(value.get_partial_shape().is_static and int(np.prod(value.get_shape())) == 1
+               for value in node.input_values()[1:])
 
 
 def _channels(value: Value) -> int:

@@ -36,7 +36,6 @@ from .schedule import SamplerStep
 from .tiles import in_tiles
 from .tokenizer import Tokenizer
 
-IMAGE_ENCODER = "image_encoder"
 HEAD_ENCODER = "head_encoder"  # DECA: of use to FLAME heads alone
 CONTROL = ("control_encoder", "controlnet")  # the graphs of a second control
 TOGETHER = (*PERCEPTION_GRAPHS, *OFFICIAL_GRAPHS, "preview_decoder")  # small: they put no other graph out of memory
@@ -173,11 +172,10 @@ class Pipeline:
         return chosen
 
     def prepare(self, settings: Settings, people: int = 1, control: bool = False) -> None:
-        """Begin to load, on another thread, the image encoder and what runs at each step.
+        """Begin to load, on another thread, what runs at each step, with settings that `settings` gave.
 
-        `settings` are those that the method of that name gave. `generate` does so itself, before anything is encoded;
-        called before photos are measured, it gains that time, too. What fails is raised where the graph is needed. Does
-        nothing where memory is held by the stage.
+        `generate` does so itself, before anything is encoded; called before photos are measured, it gains that time,
+        too. What fails is raised where the graph is needed. Does nothing where memory is held by the stage.
         """
         if self.machine.memory == "stage":
             return
@@ -190,8 +188,7 @@ class Pipeline:
             warnings.simplefilter("ignore")
             count = most_windows(self.tokenizer, texts)
         lengths = {"batch": 1 if control else len(texts), "tokens": TEXT_TOKENS * count}  # as `Denoiser` calls them
-        first = [IMAGE_ENCODER] * (IMAGE_ENCODER not in loading)  # large, too, and needed sooner
-        for name in (*first, *names):
+        for name in names:
             self._ahead[name] = self._loader.submit(self._prepared, name, lengths)
 
     def _each_step(self, settings: Settings, people: int, control: bool) -> tuple[str, ...]:
@@ -230,7 +227,6 @@ class Pipeline:
     def _forget(self, but: Collection[str] = ()) -> None:
         """Let go of graphs, those that measure photos included."""
         self._graphs = {name: graph for name, graph in self._graphs.items() if name in but}
-        self._ahead = {name: graph for name, graph in self._ahead.items() if name in but}
         for stage in ("see", "heads"):
             self.__dict__.pop(stage, None)
         give_back()
@@ -304,7 +300,7 @@ class Pipeline:
             raise BadInput(f"a person's mask has {who.mask.shape[1]}x{who.mask.shape[0]} px, expected "
                            f"{self.bundle.config.width}x{self.bundle.config.height}; scale it to the bundle's frame")
         subject, head = who.subject, who.head or who.subject.head
-        tokens = self._encode(IMAGE_ENCODER, {"pixel_values": subject.face_crop[None]})["last_hidden_state"]
+        tokens = self._encode("image_encoder", {"pixel_values": subject.face_crop[None]})["last_hidden_state"]
         person = self._encode("hint_encoder", {"maps": self.maps(head)[None], "image_tokens": tokens,
                                                "identity": subject.identity[None]})
         del person["mask"]

@@ -114,12 +114,16 @@ def test_keys_are_transposed_once():
     (ROWS, lambda rows: op.split(op.tanh(rows), op.constant(np.int64(2)), 2).output(1)),
     (ROWS, lambda rows: op.split(op.matmul(rows, op.constant(random(4, 4)), False, False),
                                  op.constant(np.int64(1)), 3).output(0)),
+    (ROWS, lambda rows: op.split(op.matmul(rows, op.tanh(rows), True, False), op.constant(np.int64(2)), 2).output(0)),
+    (ROWS, lambda rows: convolved(op.fake_quantize(as_image(rows), *(op.constant(bound * np.ones((1, CHANNELS, 1, 1),
+                                  np.float32)) for bound in (-4, 4, -4, 4)), 256))),
     (IMAGE, lambda image: as_rows(convolved(image, kernel=3))),
     (IMAGE, lambda image: as_rows(convolved(image, stride=2))),
     (IMAGE, lambda image: convolved(op.tanh(image))),
     (ROWS, lambda rows: convolved(as_image(rows), kernel=3)),
     (ROWS, lambda rows: keys(rows, order=(0, 2, 3, 1)))],
-    ids=["thirds", "of no product", "of another axis", "3x3", "strided", "of no rows", "3x3 of rows", "other order"])
+    ids=["thirds", "of no product", "of another axis", "of no weights", "rounded by channel", "3x3", "strided",
+         "of no rows", "3x3 of rows", "other order"])
 def test_what_only_looks_alike_stays(shape, make):
     x = op.parameter(list(shape), np.float32)
     model = openvino.Model([make(x)], [x])
