@@ -5,7 +5,8 @@ twice; a gated layer's two halves are taken apart; and around blocks, where feat
 convolutions ask for channels last, norms for channels first. Keys are transposed once here, gated layers become two
 products, and those convolutions become products of rows. Each number is computed as before.
 """
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -55,12 +56,12 @@ def _two_products(node: Node) -> None:
         return
     flags = product.get_attributes()
     for half in range(2):
-        weight = _half(product.input_value(1), half, 0 if flags["transpose_b"] else 1)
+        weight = _changed(product.input_value(1), partial(_half, half=half, axis=0 if flags["transpose_b"] else 1))
         found = op.matmul(product.input_value(0), weight, flags["transpose_a"], flags["transpose_b"])
         found.set_friendly_name(f"{product.get_friendly_name()}/{half}")
         if added is not product:
             bias = added.input_value(1)
-            found = op.add(found, _half(bias, half, _rank(bias) - 1))
+            found = op.add(found, _changed(bias, partial(_half, half=half, axis=_rank(bias) - 1)))
         _take_the_place(node, found, half)
 
 
@@ -72,7 +73,8 @@ def _rows_before(node: Node) -> None:
     convolution, bias = _with_bias(view.input_value(0))
     if convolution is None or not _is_pointwise(convolution):
         return
-    image, channels = convolution.input_value(0), _channels(convolution.input_value(0))
+    image = convolution.input_value(0)
+    channels = image.get_partial_shape()[1].get_length()
     rows = op.transpose(op.reshape(image, op.constant(np.array([0, channels, -1])), True), op.constant(np.array(ROWS)))
     _take_the_place(node, _product(rows.output(0), convolution, bias))
 
@@ -91,8 +93,6 @@ def _rows_after(node: Node) -> None:
             and _rank(image.output(0)) == 4 and _only_reader(image)):
         return
     last, bias = _reader_with_bias(node)
-    if last is None:
-        return
     rows = turned.input_value(0)
     if rounding:
         rounding[-1].input(0).replace_source_output(rows)
@@ -105,40 +105,34 @@ def _rows_after(node: Node) -> None:
 
 def _product(rows: Value, convolution: Node, bias: Value | None) -> Node:
     """What a 1x1 convolution computes, of rows of channels."""
-    found = op.matmul(rows, _as_matrix(convolution.input_value(1)), False, True)
+    found = op.matmul(rows, _changed(convolution.input_value(1), _matrix), False, True)
     found.set_friendly_name(convolution.get_friendly_name())
     return found if bias is None else op.add(found, bias)
 
 
-def _as_matrix(weight: Value) -> Value:
-    """A constant of 1x1 kernels, rounded or not, without the kernels' axes."""
-    node = weight.get_node()
+def _matrix(array: np.ndarray) -> np.ndarray:
+    """1x1 kernels without the kernels' axes."""
+    return array.reshape(array.shape[:2]) if array.ndim == 4 else array
+
+
+def _half(array: np.ndarray, half: int, axis: int) -> np.ndarray:
+    """One half along an axis; of what has one number there, all of it."""
+    whole = array.ndim <= axis or array.shape[axis] == 1
+    return array if whole else np.ascontiguousarray(np.split(array, 2, axis)[half])
+
+
+def _changed(value: Value, change: Callable[[np.ndarray], np.ndarray]) -> Value:
+    """A constant, or what 8 bits of one stand for, of changed arrays."""
+    node = value.get_node()
     kind = node.get_type_name()
-    shape = [*weight.get_shape()[:2]] if _rank(weight) == 4 else [*weight.get_shape()]
     if kind == "Constant":
-        return op.constant(node.data.reshape(shape)).output(0) if _rank(weight) == 4 else weight
-    if kind == "Convert":
-        return op.convert(_as_matrix(node.input_value(0)), node.get_element_type()).output(0)
-    if kind == "Reshape":
-        return op.reshape(node.input_value(0), op.constant(np.array(shape)), False).output(0)
-    make = {"Multiply": op.multiply, "Subtract": op.subtract}[kind]
-    return make(*map(_as_matrix, node.input_values())).output(0)
-
-
-def _half(value: Value, half: int, axis: int) -> Value:
-    """One half along an axis of a constant, rounded or not; of what has one number there, all of it."""
-    node, shape = value.get_node(), list(value.get_shape())
-    if len(shape) <= axis or shape[axis] == 1:
-        return value
-    kind, shape[axis] = node.get_type_name(), shape[axis] // 2
-    if kind == "Constant":
-        return op.constant(np.ascontiguousarray(np.split(node.data, 2, axis)[half])).output(0)
-    if kind == "Convert":
-        return op.convert(_half(node.input_value(0), half, axis), node.get_element_type()).output(0)
+        return op.constant(change(node.data)).output(0)
     if kind == "Reshape":  # scales, one an output
-        return op.reshape(_half(node.input_value(0), half, 0), op.constant(np.array(shape)), False).output(0)
+        return op.constant(change(node.input_value(0).get_node().data.reshape(value.get_shape()))).output(0)
+    if kind == "Convert":
+        return op.convert(_changed(node.input_value(0), change), node.get_element_type()).output(0)
     make = {"Multiply": op.multiply, "Subtract": op.subtract}[kind]
-    return make(*(_half(each, half, axis) for each in node.input_values())).output(0)
+    return make(*(_changed(each, change) for each in node.input_values())).output(0)
 
 
 def _with_bias(value: Value) -> tuple[Node | None, Value | None]:
@@ -154,8 +148,8 @@ def _with_bias(value: Value) -> tuple[Node | None, Value | None]:
     return node.input_value(0).get_node(), bias.input_value(0)
 
 
-def _reader_with_bias(convolution: Node) -> tuple[Node | None, Value | None]:
-    """The node whose output is the convolution's with its bias, and that bias."""
+def _reader_with_bias(convolution: Node) -> tuple[Node, Value | None]:
+    """The node whose output is the convolution's with its bias, and that bias, if it has one."""
     reader = _only_reader(convolution)
     found, bias = _with_bias(reader.output(0)) if reader else (None, None)
     return (reader, bias) if found is not None and bias is not None else (convolution, None)
@@ -171,8 +165,10 @@ def _is_constant(value: Value) -> bool:
     """A constant, or what 8 bits of one stand for."""
     node = value.get_node()
     kind = node.get_type_name()
-    if kind in ("Convert", "Reshape"):
+    if kind == "Convert":
         return _is_constant(node.input_value(0))
+    if kind == "Reshape":
+        return bool(node.input_value(0).get_node().get_type_name() == "Constant")
     return kind == "Constant" or (kind in ("Multiply", "Subtract") and all(map(_is_constant, node.input_values())))
 
 
@@ -180,10 +176,6 @@ def _of_one_number(node: Node) -> bool:
     """Whether all that it reads besides a tensor is single numbers, so that the tensor's axes do not matter."""
     return all(value.get_partial_shape().is_static and int(np.prod(value.get_shape())) == 1
                for value in node.input_values()[1:])
-
-
-def _channels(value: Value) -> int:
-    return int(value.get_partial_shape()[1].get_length())
 
 
 def _order(node: Node) -> list[int] | None:
@@ -204,13 +196,8 @@ def _producer(node: Node) -> Node | None:
 
 
 def _only_reader(node: Node) -> Node | None:
-    readers = [*_readers(node)]
-    return readers[0] if len(readers) == 1 else None
-
-
-def _readers(node: Node) -> Iterator[Node]:
-    for port in node.output(0).get_target_inputs():
-        yield port.get_node()
+    ports = list(node.output(0).get_target_inputs())
+    return ports[0].get_node() if len(ports) == 1 else None
 
 
 def _take_the_place(old: Node, new: Node, output: int = 0) -> None:
