@@ -15,9 +15,11 @@ import openvino
 from ..compiled import compiled_entry
 from ..contract import GraphSpec, TensorSpec
 from ..errors import BundleError
+from ..kernels import ISA_LIMIT
 from ..manifest import check_graph
 from ..pages import Range, dropping_pages, give_back, mapped_under
 from . import ANY_DEVICE, FAST, Arrays, Graph, Shapes, check_choice, check_threads, chosen_device
+from .openvino_attention import Attention, Kernel, kernel_here, use_kernel
 from .openvino_halves import halves
 
 NAME = "openvino"
@@ -26,8 +28,8 @@ DTYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "i64": "int64", 
           "i8": "int8", "boolean": "bool"}
 PRECISIONS = {"FP32": "f32", "BF16": "bf16", "FP16": "f16"}  # as OpenVINO's devices name what they compute in
 FASTEST = ("bf16", "f16", "f32")  # of what a device has units for
-ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"  # variable by which users hold back the CPU's newest instructions
 FIXED_LENGTHS = ("NPU",)  # devices that compile for definite lengths alone
+ROUNDING = (FAST, "bf16")  # precisions that let our own kernels round, too
 CPU = "CPU"
 AUTO = "AUTO"  # OpenVINO's own choice among the devices
 NOISE = ("Exception from ", "Check '")  # how lines of its messages begin that tell a user nothing
@@ -55,7 +57,9 @@ def load(
         raise BundleError(f"{path} is missing; rebuild the bundle")
     chosen = chosen_device(NAME, device, devices())
     place = AUTO if chosen in ANY_DEVICE else chosen.upper()
-    file = _File(path, place, _config(place, precision, threads), cache_dir)
+    config = _config(place, precision, threads)
+    kernel = kernel_here(threads or _cores()) if place == CPU and precision in ROUNDING else None
+    file = _File(path, place, config, cache_dir, kernel)
     try:
         spec = by_shape or (file.open_lengths() if place.startswith(FIXED_LENGTHS) else None)
         if spec:
@@ -70,7 +74,17 @@ def load(
 
 @functools.cache
 def _core() -> openvino.Core:
-    return openvino.Core()
+    core = openvino.Core()
+    core.add_extension(Attention)
+    return core
+
+
+@functools.cache
+def _cores() -> int:
+    """How many OpenVINO computes on, left alone."""
+    nothing = openvino.op.Parameter(openvino.Type.f32, openvino.Shape([1]))
+    model = openvino.Model([openvino.opset13.result(nothing)], [nothing])
+    return int(_core().compile_model(model, CPU, {"PERFORMANCE_HINT": "LATENCY"}).get_property("INFERENCE_NUM_THREADS"))
 
 
 def _config(place: str, precision: str | None, threads: int | None) -> dict[str, Any]:
@@ -116,6 +130,7 @@ class _File:
     place: str
     config: dict[str, Any]
     cache_dir: Path | None
+    kernel: Kernel | None  # ours, for attention
 
     def open_lengths(self) -> GraphSpec | None:
         """What the graph takes and gives, if some lengths in it are left open."""
@@ -147,6 +162,8 @@ class _File:
         hardware = _core().get_property(self.place, "FULL_DEVICE_NAME")
         lengths = sorted((shapes or {}).items())
         decides = [hardware, os.environ.get(ISA_LIMIT), openvino.get_version(), self.config, lengths, *more]
+        if self.kernel:
+            decides.append(self.kernel)
         return compiled_entry(label, self.path, decides, self.cache_dir)
 
     def _kept(self, folder: Path | None, pattern: str) -> list[Path]:
@@ -159,6 +176,8 @@ class _File:
         if spec:
             check_graph(str(self.path), *_both_specs(model), spec)
         model.reshape(shapes or {})
+        if self.kernel and shapes:
+            use_kernel(model, self.kernel)
         return model, mapped_under(self.path.parent) - before
 
     def _made(self, model: openvino.Model, mapped: set[Range], folder: Path | None) -> _Loaded:

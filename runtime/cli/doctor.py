@@ -37,7 +37,8 @@ def survey() -> dict[str, Any]:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "packages": {name: found(name) for name in packages().get("", [])},
         "cores": os.cpu_count(), "memory_gb": memory_gb(),
-        "backends": backends(), "renderer": probed(renderer), "bundle": probed(embedded_bundle), "cache": probed(cache),
+        "backends": backends(), "kernels": probed(kernels), "renderer": probed(renderer),
+        "bundle": probed(embedded_bundle), "cache": probed(cache),
         "extras": {extra: {name: found(name) for name in names} for extra, names in packages().items()
                    if extra and extra not in NOT_FOR_USERS},
     }
@@ -51,7 +52,7 @@ def text(report: dict[str, Any]) -> str:
         **{name: found or f"missing: pip install {name}" for name, found in report["packages"].items()},
         "cores": f"{report['cores']}, memory {memory}",
         **{f"--backend {name}": found for name, found in report["backends"].items()},
-        **{probe: report[probe] for probe in ("renderer", "bundle", "cache")},
+        **{probe: report[probe] for probe in ("kernels", "renderer", "bundle", "cache")},
         **{f"[{extra}]": extra_text(extra, found) for extra, found in report["extras"].items()},
     }
     return "\n".join(f"{name:18} {value}" for name, value in rows.items())
@@ -110,6 +111,14 @@ def backends() -> dict[str, str]:
         return ", ".join(open_backend(name).devices())
 
     return {name: probed(partial(devices, name)) for name in BACKENDS}
+
+
+def kernels() -> str:
+    """The kernels of our own that this CPU can run, the fastest first."""
+    from ..kernels import attention_kernels
+
+    return ", ".join(attention_kernels()) or ("none: reinstall with a C++ compiler at hand, on Linux with an x86 CPU, "
+                                              "for faster int8 bundles on OpenVINO")
 
 
 def renderer() -> str:

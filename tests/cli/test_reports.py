@@ -13,6 +13,7 @@ from caphuman_edge.runtime import cli
 from caphuman_edge.runtime.backends import BACKENDS
 from caphuman_edge.runtime.bundle import Bundle, record_files, write_manifest
 from caphuman_edge.runtime.cli import doctor, inspect
+from caphuman_edge.runtime.kernels import attention_kernels
 from caphuman_edge.runtime.manifest import DATA, Component
 
 MAIN = "import sys; from caphuman_edge.runtime.cli import main; "
@@ -160,6 +161,7 @@ def test_doctor_tells_versions_renderer_extras_bundle_and_cache(caphuman, tmp_pa
     assert report["backends"]["ort"] == "cpu" and report["backends"].keys() == set(BACKENDS)
     assert report["cache"].startswith(f"{tmp_path.parent / 'cache'}, compiled models ")
     assert Bundle.open().manifest.name in report["bundle"]
+    assert report["kernels"].startswith(", ".join(attention_kernels()) or "none: reinstall with a C++ compiler")
 
 
 def test_doctor_prints_the_install_command_of_what_is_missing(caphuman, monkeypatch):

@@ -1,0 +1,84 @@
+"""Kernels of our own for the CPU, in C++: attention.
+
+They are compiled when the package is installed, for x86 on Linux, where a compiler is at hand; that of the CPU's
+instruction set is chosen when it runs. Without them everything works, slower.
+"""
+import ctypes
+import functools
+import importlib.machinery
+import os
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from ..errors import BadInput
+
+LIBRARY = "_attention"
+LIMITS = {"AVX512_CORE_AMX": "amx", "AVX512_CORE_": "avx512", "AVX2_VNNI": "avx2vnni", "AVX2": "avx2"}  # beginnings
+UNLIMITED = ("", "ALL", "DEFAULT", "AVX10")
+ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"  # the variable by which users hold back the CPU's newest instructions
+
+
+def attention_kernels() -> tuple[str, ...]:
+    """Names of those that this CPU can run, or may by ISA_LIMIT, the fastest first; none where none were compiled."""
+    library = _library()
+    if library is None:
+        return ()
+    found = tuple(library.caphuman_attention_kernels().decode().split())
+    limit = os.environ.get(ISA_LIMIT, "").upper()
+    if limit.startswith(UNLIMITED[1:]) or not limit:
+        return found
+    most = next((name for beginning, name in LIMITS.items() if limit.startswith(beginning)), None)
+    return found[found.index(most):] if most in found else ()
+
+
+def widest_head(kernel: str) -> int:
+    """The most numbers of a head that a kernel takes."""
+    library = _library()
+    return 0 if library is None else int(library.caphuman_attention_widest(kernel.encode()))
+
+
+def attention(
+    q: Float32[np.ndarray, "b n c"], k: Float32[np.ndarray, "b m c"], v: Float32[np.ndarray, "b m c"],
+    out: Float32[np.ndarray, "b n c"], *, heads: int, scale: float, kernel: str, threads: int = 1,
+) -> None:
+    """Write softmax(q k' scale) v of each head into `out`; a row holds its heads one after the other.
+
+    Queries and keys are rounded to int8, by the largest number of each query and of each head's keys; "amx" rounds
+    weights and values to bfloat16, too. Infinite or NaN numbers give NaN or nonsense, nothing worse.
+    Raises BadInput for arrays that do not fit or a kernel that cannot take them here, MemoryError.
+    """
+    library = _library()
+    arrays, width = (q, k, v, out), q.shape[2] // heads
+    if library is None or kernel not in library.caphuman_attention_kernels().decode().split():
+        raise BadInput(f"attention kernel {kernel!r} does not run here; choose from {', '.join(attention_kernels())}")
+    if (q.shape[2] % heads or width > widest_head(kernel) or out.shape != q.shape or k.shape != v.shape or 0 in k.shape
+            or 0 in q.shape or (k.shape[0], k.shape[2]) != (q.shape[0], q.shape[2])
+            or not all(array.flags.c_contiguous for array in arrays)):
+        raise BadInput(f"attention of {q.shape}, {k.shape}, {v.shape} in {heads} heads does not fit kernel {kernel}; "
+                       "pass whole arrays of equal batch and width, and narrower heads")
+    failed = library.caphuman_attention(
+        kernel.encode(), *(array.ctypes.data for array in arrays), q.shape[0], q.shape[1], k.shape[1], heads, width,
+        scale, threads)
+    if failed:
+        raise MemoryError(f"attention of {k.shape[1]} keys needs more memory than there is; close other programs")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """What was compiled, if it was and can be loaded."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(LIBRARY + suffix)
+        if path.is_file():
+            try:
+                library = ctypes.CDLL(str(path))
+            except OSError:  # such as of another processor, or a C++ library that is missing: works without
+                return None
+            pointers, lengths = [ctypes.c_void_p] * 4, [ctypes.c_int64] * 5
+            library.caphuman_attention.argtypes = [ctypes.c_char_p, *pointers, *lengths, ctypes.c_float, ctypes.c_int]
+            library.caphuman_attention_kernels.restype = ctypes.c_char_p
+            library.caphuman_attention_widest.argtypes = [ctypes.c_char_p]
+            library.caphuman_attention_widest.restype = ctypes.c_int64
+            return library
+    return None

@@ -1,0 +1,139 @@
+"""Our own kernels against the same in numpy, in double precision."""
+import platform
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from caphuman_edge.runtime import kernels
+from caphuman_edge.runtime.errors import BadInput
+from caphuman_edge.runtime.kernels import attention, attention_kernels, widest_head
+
+HERE = attention_kernels()
+ROUNDING = 0.04  # what int8 queries and keys may cost, of the spread of what comes out
+
+
+def expected(q, k, v, heads, scale):
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3).astype(np.float64) for x in (q, k, v))
+    scores = q @ k.swapaxes(-1, -2) * scale
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    found = (weights / weights.sum(axis=-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
+    return found.reshape(*found.shape[:2], -1)
+
+
+def random_rows(batch, queries, keys, heads, width, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((batch, tokens, heads * width)).astype(np.float32) for tokens in (queries, keys, keys)]
+
+
+def found_by(kernel, q, k, v, heads, scale, threads=2):
+    out = np.full_like(q, np.nan)
+    attention(q, k, v, out, heads=heads, scale=scale, kernel=kernel, threads=threads)
+    return out
+
+
+def test_kernels_are_compiled_where_a_compiler_is():
+    if sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which("g++") is None:
+        pytest.skip("kernels are for x86 on Linux, and want a compiler")
+    assert kernels._library() is not None, "pip says why with -v"
+
+
+@pytest.mark.parametrize("kernel", HERE)
+@pytest.mark.parametrize("lengths", [
+    (1, 64, 128, 2, 40), (2, 100, 77, 3, 40), (1, 70, 600, 2, 80), (1, 33, 1, 2, 16), (1, 1, 130, 1, 8),
+    (2, 50, 300, 2, 72), (1, 17, 65, 3, 30), (1, 20, 129, 1, 50), (1, 5, 3, 1, 1)])
+def test_a_kernel_computes_attention(kernel, lengths):
+    q, k, v = random_rows(*lengths)
+    heads, scale = lengths[3], lengths[4] ** -0.5
+    want = expected(q, k, v, heads, scale)
+    error = found_by(kernel, q, k, v, heads, scale) - want
+    assert np.sqrt((error ** 2).mean()) < ROUNDING * np.abs(want).std()
+
+
+@pytest.mark.parametrize("kernel", HERE)
+def test_keys_that_come_late_count_as_much_as_early_ones(kernel):
+    """The maximum grows from chunk to chunk, and what was summed before must shrink."""
+    q = np.ones((1, 40, 16), np.float32)
+    k = np.linspace(0, 1, 1000, dtype=np.float32)[None, :, None].repeat(16, axis=2)
+    v = k.copy()
+    found, want = found_by(kernel, q, k, v, 1, 2.0), expected(q, k, v, 1, 2.0)
+    np.testing.assert_allclose(found, want, atol=3e-3)
+    backwards = found_by(kernel, q, k[:, ::-1].copy(), v[:, ::-1].copy(), 1, 2.0)
+    np.testing.assert_allclose(backwards, want, atol=3e-3)
+
+
+@pytest.mark.parametrize("kernel", HERE)
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_scores_may_be_alike_or_far_apart(kernel, scale):
+    q, k, v = (np.sign(x) for x in random_rows(1, 40, 200, 1, 32))  # which int8 holds without an error
+    found = found_by(kernel, q, k, v, 1, scale)
+    np.testing.assert_allclose(found, expected(q, k, v, 1, scale), atol=6e-3)
+
+
+@pytest.mark.parametrize("kernel", HERE)
+def test_zeros_and_small_numbers_do_no_harm(kernel):
+    q, k, v = random_rows(1, 20, 90, 2, 40)
+    np.testing.assert_allclose(found_by(kernel, q * 0, k * 0, v, 2, 1.0), expected(q * 0, k, v, 2, 1.0), atol=5e-3)
+    np.testing.assert_array_equal(found_by(kernel, q, k, v * 0, 2, 1.0), v[:, :20] * 0)
+    tiny = found_by(kernel, q * 1e-18, k * 1e-18, v * 1e-18, 2, 1.0)
+    np.testing.assert_allclose(tiny, expected(q * 0, k, v * 1e-18, 2, 1.0), atol=2e-20)
+
+
+@pytest.mark.parametrize("kernel", HERE)
+def test_threads_change_nothing(kernel):
+    q, k, v = random_rows(2, 150, 200, 3, 40)
+    one = found_by(kernel, q, k, v, 3, 0.2, threads=1)
+    for threads in (2, 3, 7):
+        np.testing.assert_array_equal(found_by(kernel, q, k, v, 3, 0.2, threads=threads), one)
+
+
+@pytest.mark.parametrize("kernel", HERE)
+def test_nan_and_infinity_come_back(kernel):
+    for bad in (np.nan, np.inf):
+        q, k, v = random_rows(1, 20, 90, 2, 40)
+        q[0, 3], k[0, 5] = bad, bad
+        found_by(kernel, q, k, v, 2, 0.2)  # any numbers, but it returns
+
+
+@pytest.mark.parametrize("kernel", HERE)
+def test_what_does_not_fit_is_refused(kernel):
+    q, k, v = random_rows(1, 20, 90, 2, 40)
+    out = np.empty_like(q)
+    settings = {"heads": 2, "scale": 1.0, "kernel": kernel}
+    for arguments, other in [
+        ((q, k[:, :0], v[:, :0], out), {}), ((q, k, v, out), {"heads": 3}),
+        ((q.swapaxes(1, 2).copy().swapaxes(1, 2), k, v, out), {}),
+        (tuple(np.ones((1, 4, widest_head(kernel) + 1), np.float32) for _ in range(4)), {"heads": 1})]:
+        with pytest.raises(BadInput, match="does not fit"):
+            attention(*arguments, **{**settings, **other})
+
+
+def test_an_unknown_kernel_is_refused():
+    q, k, v = random_rows(1, 2, 3, 1, 8)
+    with pytest.raises(BadInput, match="'fast' does not run here"):
+        attention(q, k, v, q.copy(), heads=1, scale=1.0, kernel="fast")
+
+
+@pytest.mark.parametrize(("limit", "first"), [
+    ("AVX512_CORE_AMX", "amx"), ("ALL", "amx"), ("AVX512_CORE_BF16", "avx512"), ("AVX512_CORE_VNNI", "avx512"),
+    ("avx2_vnni_2", "avx2vnni"), ("AVX2", "avx2"), ("AVX512_CORE", None), ("SSE41", None)])
+def test_who_holds_back_the_cpu_holds_back_its_kernels(monkeypatch, limit, first):
+    monkeypatch.setenv(kernels.ISA_LIMIT, limit)
+    found = attention_kernels()
+    wanted = HERE if first == "amx" else HERE[HERE.index(first):] if first in HERE else ()
+    assert found == wanted
+
+
+def test_without_a_library_there_are_no_kernels(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "__init__.py"))
+    kernels._library.cache_clear()
+    try:
+        assert attention_kernels() == () and widest_head("avx2") == 0
+        broken = tmp_path / f"_attention{kernels.importlib.machinery.EXTENSION_SUFFIXES[0]}"
+        broken.write_bytes(b"of another machine")
+        kernels._library.cache_clear()
+        assert attention_kernels() == ()
+    finally:
+        monkeypatch.undo()
+        kernels._library.cache_clear()
