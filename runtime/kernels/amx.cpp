@@ -22,7 +22,7 @@ namespace {
 using namespace caphuman;
 using bfloat16 = uint16_t;
 
-constexpr int64_t LANES = 16, PAIRED = 32, CHUNK = 128, BLOCKS = 4, WIDEST = 80;  // keys: PAIRED a tile of weights
+constexpr int64_t LANES = 16, PAIRED = 32, CHUNK = 128, BLOCKS = 4, WIDE = 80;  // keys: PAIRED a tile of weights
 constexpr int64_t TILE = 1024;                                                    // bytes
 constexpr float LEAST_SCALE = 0x1p-24f;  // with which INT32_MIN, the score of a key that is none, has no weight
 constexpr float LATE = 8;  // powers of two by which the maximum may be out of date: bfloat16 does not mind
@@ -35,24 +35,24 @@ int64_t padded_keys(const Shape &s) { return rounded_up(s.keys, PAIRED); }
 int64_t key_bytes(const Shape &s) { return padded_keys(s) * tiles(s) * 64; }
 int64_t value_bytes(const Shape &s) { return padded_keys(s) * s.width * int64_t(sizeof(bfloat16)); }
 
-// Numbers of one row as int8, each 64 of them `apart` bytes from the ones before.
-void round_row(const float *x, int64_t width, float by, int64_t count, int64_t apart, int8_t *out) {
+// Numbers of one row, less what is taken off, as int8, each 64 of them `apart` bytes from the ones before.
+void round_row(const float *x, const float *less, int64_t width, float by, int64_t count, int64_t apart, int8_t *out) {
     for (int64_t d = 0; d < count * 64; d += LANES) {
-        const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(by), load_some(x + d, width - d));
+        const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(by), difference(x + d, less + d, width - d));
         _mm_store_si128(reinterpret_cast<__m128i *>(out + d / 64 * apart + d % 64),
                         _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(scaled)));
     }
 }
 
 // Keys as tiles of 16 keys x 64 numbers; values as tiles of 16 numbers x 32 keys, of the last one only the rows in use.
-void pack(const Shape &s, const float *k, const float *v, Head &head) {
+void pack(const Shape &s, const float *k, const float *center, const float *v, Head &head) {
     auto *keys = static_cast<int8_t *>(head.keys);
-    const float largest = largest_of(k, s.keys, s.row(), s.width);
+    const float largest = largest_of(k, s.keys, s.row(), s.width, center);
     head.key_scale = largest / 127;
     const int64_t whole = s.keys / LANES * LANES * tiles(s) * 64;
     std::memset(keys + whole, 0, key_bytes(s) - whole);
     for (int64_t i = 0; i < s.keys; i++)
-        round_row(k + i * s.row(), s.width, 127 / largest, tiles(s), TILE,
+        round_row(k + i * s.row(), center, s.width, 127 / largest, tiles(s), TILE,
                   keys + i / LANES * tiles(s) * TILE + i % LANES * 64);
 
     auto *values = static_cast<bfloat16 *>(head.values);
@@ -69,7 +69,7 @@ void pack(const Shape &s, const float *k, const float *v, Head &head) {
 
 struct Block {  // what is known of 16 queries, a lane each
     alignas(64) int8_t queries[2 * TILE];
-    alignas(64) float sums[WIDEST * LANES], top[LANES], total[LANES], scale[LANES];
+    alignas(64) float sums[WIDE * LANES], top[LANES], total[LANES], scale[LANES];
 };
 
 struct Room {
@@ -97,9 +97,9 @@ void begin(const Shape &s, const Head &head, const float *q, float scale, int64_
     std::fill_n(block.top, LANES, LOWEST);
     for (int64_t i = 0; i < std::min(LANES, count); i++) {
         alignas(64) int8_t row[128];
-        const float largest = largest_of(q + i * s.row(), 1, 0, s.width);
+        const float largest = largest_of(q + i * s.row(), 1, 0, s.width, NOTHING);
         block.scale[i] = std::max(largest / 127 * head.key_scale * scale * LOG2_E, LEAST_SCALE);
-        round_row(q + i * s.row(), s.width, 127 / largest, tiles(s), 64, row);
+        round_row(q + i * s.row(), NOTHING, s.width, 127 / largest, tiles(s), 64, row);
         for (int64_t d = 0; d < tiles(s) * 16; d++) std::memcpy(block.queries + (d * LANES + i) * 4, row + d * 4, 4);
     }
 }
@@ -268,5 +268,5 @@ bool usable() {
 
 }  // namespace
 
-const caphuman::Kernel caphuman::amx = {"amx", WIDEST, usable, key_bytes, value_bytes, pack, BLOCKS * LANES, room,
+const caphuman::Kernel caphuman::amx = {"amx", WIDE, usable, key_bytes, value_bytes, pack, BLOCKS * LANES, room,
                                         enter, attend, leave};

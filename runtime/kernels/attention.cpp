@@ -77,8 +77,13 @@ struct Call {
     // What every thread does: heads, then, when all are packed, queries.
     void work(void *room) {
         const int64_t count = int64_t(heads.size()), steps = (shape.queries + kernel.step - 1) / kernel.step;
-        for (int64_t i; (i = next_head++) < count; packed_heads++)
-            kernel.pack(shape, k + first_of(i, shape.keys), v + first_of(i, shape.keys), heads[i]);
+        for (int64_t i; (i = next_head++) < count; packed_heads++) {
+            float center[WIDEST] = {};
+            const int64_t at = first_of(i, shape.keys);
+            for (int64_t j = 0; j < shape.keys; j++)
+                for (int64_t d = 0; d < shape.width; d++) center[d] += k[at + j * shape.row() + d] / float(shape.keys);
+            kernel.pack(shape, k + at, center, v + at, heads[i]);
+        }
         while (packed_heads < count) std::this_thread::yield();
         std::memset(room, 0, kernel.room(shape));
         kernel.enter(shape);

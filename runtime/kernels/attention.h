@@ -2,7 +2,8 @@
 //
 // Scores are computed transposed: the lanes of a vector are queries, and keys come one after the other. So a softmax
 // needs no sum across lanes, and its maximum is kept as keys come (Milakov & Gimelshein 2018; FlashAttention, Dao et al.
-// 2022). Queries and keys are rounded to int8: queries by the largest number of each, keys by that of each head.
+// 2022). Queries and keys are rounded to int8: queries by the largest number of each, keys by that of each head, after what a
+// head's keys have in common was taken off them, which softmax does not see (SageAttention, Zhang et al. 2024).
 #pragma once
 #include <cstdint>
 
@@ -11,6 +12,8 @@ namespace caphuman {
 constexpr float LOG2_E = 1.44269504f;  // softmax is computed in powers of two
 constexpr float LOWEST = -1e30f;       // a maximum before any key came
 constexpr float TINY = 1e-30f;         // in the place of the largest number where all are zero
+constexpr int64_t WIDEST = 160;        // numbers of a head, of any kernel
+constexpr float NOTHING[WIDEST] = {};  // to be taken off
 
 struct Shape {
     int64_t batch, queries, keys, heads, width;  // width: numbers of one head
@@ -28,7 +31,7 @@ struct Kernel {  // what differs between instruction sets; q, k, v and out point
     int64_t widest;  // the most numbers of a head
     bool (*usable)();
     int64_t (*key_bytes)(const Shape &), (*value_bytes)(const Shape &);  // a head's, packed
-    void (*pack)(const Shape &, const float *k, const float *v, Head &);
+    void (*pack)(const Shape &, const float *k, const float *center, const float *v, Head &);
     int64_t step;                     // queries at once
     int64_t (*room)(const Shape &);   // bytes that a thread needs to work
     void (*enter)(const Shape &);     // before a thread's first call

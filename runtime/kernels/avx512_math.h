@@ -15,6 +15,10 @@ inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 :
 
 inline __m512 load_some(const float *x, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), x); }
 
+inline __m512 difference(const float *x, const float *less, int64_t n) {
+    return _mm512_sub_ps(load_some(x, n), load_some(less, n));
+}
+
 // Offsets of 16 rows.
 inline __m512i rows_apart(int64_t row) {
     return _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
@@ -32,12 +36,12 @@ inline void scatter_rows(const float *columns, int64_t width, __m512 by, int64_t
         _mm512_mask_i32scatter_ps(out + d, first_lanes(n), offsets, _mm512_mul_ps(by, _mm512_load_ps(columns + d * 16)), 4);
 }
 
-// The largest absolute number of some rows.
-inline float largest_of(const float *x, int64_t rows, int64_t row, int64_t width) {
+// The largest absolute number of some rows, less what is taken off each.
+inline float largest_of(const float *x, int64_t rows, int64_t row, int64_t width, const float *less) {
     __m512 largest = _mm512_set1_ps(caphuman::TINY);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t d = 0; d < width; d += 16)
-            largest = _mm512_max_ps(largest, _mm512_abs_ps(load_some(x + i * row + d, width - d)));
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(difference(x + i * row + d, less + d, width - d)));
     return _mm512_reduce_max_ps(largest);
 }
 

@@ -12,7 +12,7 @@ namespace {
 
 using namespace caphuman;
 
-constexpr int64_t CHUNK = 64, WIDEST = 160, PAIR = 2, STEP = PAIR * LANES;  // PAIR: vectors of queries at once
+constexpr int64_t CHUNK = 64, PAIR = 2, STEP = PAIR * LANES;  // PAIR: vectors of queries at once
 constexpr int64_t KEYS_AT_ONCE = 4;
 constexpr float WEIGHT_BITS = 14, LARGEST_VALUE = 2047;
 
@@ -23,21 +23,21 @@ int64_t padded_keys(const Shape &s) { return rounded_up(s.keys, KEYS_AT_ONCE); }
 int64_t key_bytes(const Shape &s) { return padded_keys(s) * padded(s); }
 int64_t value_bytes(const Shape &s) { return padded_keys(s) * s.width * int64_t(sizeof(int16_t)); }
 
-float largest_number(const float *x, int64_t rows, int64_t row, int64_t width) {
+float largest_number(const float *x, const float *less, int64_t rows, int64_t row, int64_t width) {
     float largest = TINY;
     for (int64_t i = 0; i < rows; i++)
-        for (int64_t d = 0; d < width; d++) largest = std::max(largest, std::fabs(x[i * row + d]));
+        for (int64_t d = 0; d < width; d++) largest = std::max(largest, std::fabs(x[i * row + d] - less[d]));
     return largest;
 }
 
 int rounded(float x) { return int(std::lrint(x)); }
 
 // Values lie in pairs of keys, a number of both beside each other.
-void pack(const Shape &s, const float *k, const float *v, Head &head) {
+void pack(const Shape &s, const float *k, const float *center, const float *v, Head &head) {
     auto *keys = static_cast<uint8_t *>(head.keys);
     auto *values = static_cast<int16_t *>(head.values);
-    const float largest_key = largest_number(k, s.keys, s.row(), s.width);
-    const float largest_value = largest_number(v, s.keys, s.row(), s.width);
+    const float largest_key = largest_number(k, center, s.keys, s.row(), s.width);
+    const float largest_value = largest_number(v, NOTHING, s.keys, s.row(), s.width);
     head.key_scale = largest_key / 127;
     head.value_scale = largest_value / LARGEST_VALUE;
     std::memset(keys, 128, key_bytes(s));
@@ -45,7 +45,7 @@ void pack(const Shape &s, const float *k, const float *v, Head &head) {
     for (int64_t i = 0; i < s.keys; i++) {
         const float *key = k + i * s.row(), *value = v + i * s.row();
         for (int64_t d = 0; d < s.width; d++) {
-            keys[i * padded(s) + d] = uint8_t(128 + rounded(key[d] * (127 / largest_key)));
+            keys[i * padded(s) + d] = uint8_t(128 + rounded((key[d] - center[d]) * (127 / largest_key)));
             values[(i / 2 * s.width + d) * 2 + i % 2] = int16_t(rounded(value[d] * (LARGEST_VALUE / largest_value)));
         }
     }
@@ -63,7 +63,7 @@ void begin(const Shape &s, const Head &head, const float *q, float scale, int64_
     std::fill_n(&room.top[0][0], STEP, LOWEST);
     for (int64_t i = 0; i < count; i++) {
         const float *x = q + i * s.row();
-        const float largest = largest_number(x, 1, 0, s.width);
+        const float largest = largest_number(x, NOTHING, 1, 0, s.width);
         const int64_t vector = i / LANES, lane = i % LANES;
         int sum = 0;
         for (int64_t d = 0; d < s.width; d++) {

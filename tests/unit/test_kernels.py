@@ -66,9 +66,21 @@ def test_keys_that_come_late_count_as_much_as_early_ones(kernel):
 @pytest.mark.parametrize("kernel", HERE)
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_scores_may_be_alike_or_far_apart(kernel, scale):
-    q, k, v = (np.sign(x) for x in random_rows(1, 40, 200, 1, 32))  # which int8 holds without an error
+    q, k, v = (np.sign(x) for x in random_rows(1, 40, 200, 1, 32))
+    k = np.concatenate([k, -k], axis=1)  # of mean 0, so that int8 holds them without an error
+    v = np.concatenate([v, v], axis=1)
     found = found_by(kernel, q, k, v, 1, scale)
     np.testing.assert_allclose(found, expected(q, k, v, 1, scale), atol=6e-3)
+
+
+@pytest.mark.parametrize("kernel", HERE)
+def test_what_keys_have_in_common_costs_nothing(kernel):
+    """Softmax does not see it, and it would take up the range of int8."""
+    q, k, v = random_rows(1, 40, 300, 2, 40)
+    far = k + 100 * np.random.default_rng(9).standard_normal(80).astype(np.float32)
+    want = expected(q, k, v, 2, 0.16)
+    error = found_by(kernel, q, far, v, 2, 0.16) - want
+    assert np.sqrt((error ** 2).mean()) < ROUNDING * want.std()
 
 
 @pytest.mark.parametrize("kernel", HERE)
