@@ -7,14 +7,13 @@ products, and those convolutions become products of rows. Each number is compute
 """
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
 
 import numpy as np
 import openvino
 from openvino import opset13 as op
 
-Node: TypeAlias = Any  # OpenVINO's, whose package has no types
-Value: TypeAlias = Any  # a node's output
+from caphuman_edge.runtime.backends.openvino_graph import Node, Value, order_of, producer, take_the_place
+
 ROUNDING = ("FakeQuantize", "Convert", "Multiply", "Subtract")  # between a tensor and who reads it in 8 bits
 ROWS, HEADS, KEYS = [0, 2, 1], [0, 2, 1, 3], [0, 2, 3, 1]  # orders of transposes
 
@@ -35,14 +34,14 @@ def arrange(model: openvino.Model) -> None:
 
 def _keys_at_once(node: Node) -> None:
     """Heads to the front, then, in three axes, the last two exchanged, back to four: one transpose."""
-    three, after = _producer(node), _only_reader(node)
-    heads = three and _producer(three)
-    if not (_order(node) == ROWS and three and three.get_type_name() == "Reshape" and heads and after
-            and _order(heads) == HEADS and after.get_type_name() == "Reshape" and _rank(after.output(0)) == 4):
+    three, after = producer(node), _only_reader(node)
+    heads = three and producer(three)
+    if not (order_of(node) == ROWS and three and three.get_type_name() == "Reshape" and heads and after
+            and order_of(heads) == HEADS and after.get_type_name() == "Reshape" and _rank(after.output(0)) == 4):
         return
     keys = op.transpose(heads.input_value(0), op.constant(np.array(KEYS)))
     if keys.get_output_partial_shape(0).compatible(after.get_output_partial_shape(0)):
-        _take_the_place(after, keys)
+        take_the_place(after, keys)
 
 
 def _two_products(node: Node) -> None:
@@ -62,13 +61,13 @@ def _two_products(node: Node) -> None:
         if added is not product:
             bias = added.input_value(1)
             found = op.add(found, _changed(bias, partial(_half, half=half, axis=_rank(bias) - 1)))
-        _take_the_place(node, found, half)
+        take_the_place(node, found, half)
 
 
 def _rows_before(node: Node) -> None:
     """A 1x1 convolution whose cells become rows: rows first, then a product."""
-    view = _producer(node)
-    if not (_order(node) == ROWS and view and view.get_type_name() == "Reshape" and _rank(view.input_value(0)) == 4):
+    view = producer(node)
+    if not (order_of(node) == ROWS and view and view.get_type_name() == "Reshape" and _rank(view.input_value(0)) == 4):
         return
     convolution, bias = _with_bias(view.input_value(0))
     if convolution is None or not _is_pointwise(convolution):
@@ -76,20 +75,20 @@ def _rows_before(node: Node) -> None:
     image = convolution.input_value(0)
     channels = image.get_partial_shape()[1].get_length()
     rows = op.transpose(op.reshape(image, op.constant(np.array([0, channels, -1])), True), op.constant(np.array(ROWS)))
-    _take_the_place(node, _product(rows.output(0), convolution, bias))
+    take_the_place(node, _product(rows.output(0), convolution, bias))
 
 
 def _rows_after(node: Node) -> None:
     """A 1x1 convolution of what just were rows: a product first, then cells."""
     if not _is_pointwise(node):
         return
-    image = _producer(node)
+    image = producer(node)
     rounding = []
     while image and image.get_type_name() in ROUNDING and _only_reader(image) and _of_one_number(image):
         rounding.append(image)
-        image = _producer(image)
-    turned = image and _producer(image)
-    if not (image and image.get_type_name() == "Reshape" and turned and _order(turned) == ROWS
+        image = producer(image)
+    turned = image and producer(image)
+    if not (image and image.get_type_name() == "Reshape" and turned and order_of(turned) == ROWS
             and _rank(image.output(0)) == 4 and _only_reader(image)):
         return
     last, bias = _reader_with_bias(node)
@@ -100,7 +99,7 @@ def _rows_after(node: Node) -> None:
         for each in reversed(rounding):
             each.validate_and_infer_types()
     found = op.transpose(_product(rows, node, bias), op.constant(np.array(ROWS)))
-    _take_the_place(last, op.reshape(found, image.input_value(1), image.get_attributes()["special_zero"]))
+    take_the_place(last, op.reshape(found, image.input_value(1), image.get_attributes()["special_zero"]))
 
 
 def _product(rows: Value, convolution: Node, bias: Value | None) -> Node:
@@ -178,29 +177,11 @@ def _of_one_number(node: Node) -> bool:
                for value in node.input_values()[1:])
 
 
-def _order(node: Node) -> list[int] | None:
-    """Of a transpose."""
-    if node.get_type_name() != "Transpose":
-        return None
-    order = node.input_value(1).get_node()
-    return [int(axis) for axis in order.data] if order.get_type_name() == "Constant" else None
-
-
 def _rank(value: Value) -> int:
     shape = value.get_partial_shape()
     return len(shape) if shape.rank.is_static else 0
 
 
-def _producer(node: Node) -> Node | None:
-    return node.input_value(0).get_node() if node.inputs() else None
-
-
 def _only_reader(node: Node) -> Node | None:
     ports = list(node.output(0).get_target_inputs())
     return ports[0].get_node() if len(ports) == 1 else None
-
-
-def _take_the_place(old: Node, new: Node, output: int = 0) -> None:
-    """Whoever read the old node's output reads the new node's."""
-    for port in old.output(output).get_target_inputs():
-        port.replace_source_output(new.output(0))

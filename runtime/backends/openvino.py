@@ -19,8 +19,9 @@ from ..kernels import ISA_LIMIT
 from ..manifest import check_graph
 from ..pages import Range, dropping_pages, give_back, mapped_under
 from . import ANY_DEVICE, FAST, Arrays, Graph, Shapes, check_choice, check_threads, chosen_device
-from .openvino_attention import Attention, Kernel, kernel_here, use_kernel
+from .openvino_attention import Attention, Kernel, kernel_here, use_attention
 from .openvino_halves import halves
+from .openvino_norm import GroupNorm, use_group_norm
 
 NAME = "openvino"
 FORMATS = ("openvino", "onnx")
@@ -29,6 +30,7 @@ DTYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "i64": "int64", 
 PRECISIONS = {"FP32": "f32", "BF16": "bf16", "FP16": "f16"}  # as OpenVINO's devices name what they compute in
 FASTEST = ("bf16", "f16", "f32")  # of what a device has units for
 FIXED_LENGTHS = ("NPU",)  # devices that compile for definite lengths alone
+REWRITTEN = 2  # another number where what is done to graphs for our kernels is another
 ROUNDING = (FAST, "bf16")  # precisions that let our own kernels round, too
 CPU = "CPU"
 AUTO = "AUTO"  # OpenVINO's own choice among the devices
@@ -76,6 +78,7 @@ def load(
 def _core() -> openvino.Core:
     core = openvino.Core()
     core.add_extension(Attention)
+    core.add_extension(GroupNorm)
     return core
 
 
@@ -130,7 +133,7 @@ class _File:
     place: str
     config: dict[str, Any]
     cache_dir: Path | None
-    kernel: Kernel | None  # ours, for attention
+    kernel: Kernel | None  # ours, for attention; None: no kernel of ours at all
 
     def open_lengths(self) -> GraphSpec | None:
         """What the graph takes and gives, if some lengths in it are left open."""
@@ -163,7 +166,7 @@ class _File:
         lengths = sorted((shapes or {}).items())
         decides = [hardware, os.environ.get(ISA_LIMIT), openvino.get_version(), self.config, lengths, *more]
         if self.kernel:
-            decides.append(self.kernel)
+            decides.append([REWRITTEN, self.kernel])
         return compiled_entry(label, self.path, decides, self.cache_dir)
 
     def _kept(self, folder: Path | None, pattern: str) -> list[Path]:
@@ -176,8 +179,9 @@ class _File:
         if spec:
             check_graph(str(self.path), *_both_specs(model), spec)
         model.reshape(shapes or {})
-        if self.kernel and shapes:
-            use_kernel(model, self.kernel)
+        if self.kernel:
+            use_attention(model, self.kernel)
+            use_group_norm(model, self.config["INFERENCE_PRECISION_HINT"] == "bf16", self.kernel.threads)
         return model, mapped_under(self.path.parent) - before
 
     def _made(self, model: openvino.Model, mapped: set[Range], folder: Path | None) -> _Loaded:

@@ -1,12 +1,21 @@
 """Attention of many keys by our own kernels, where a graph of OpenVINO's rounds queries and keys to int8."""
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import openvino
 
 from ..kernels import attention, attention_kernels, widest_head
+from .openvino_graph import (
+    ALONE,
+    Node,
+    Value,
+    int8_steps,
+    number_of,
+    only_reader,
+    order_of,
+    producer,
+    take_the_place,
+)
 
-Node: TypeAlias = Any  # OpenVINO's, which Python sees as a new object each time
-ROUNDED, ALONE = "FakeQuantize", ("Multiply", "Subtract", "Convert")  # what changes each number alone
 HEADS_FIRST, KEYS_LAST = [0, 2, 1, 3], [0, 2, 3, 1]
 FEWEST_KEYS = 512  # below, OpenVINO's own is as fast
 
@@ -60,8 +69,8 @@ def kernel_here(threads: int) -> Kernel | None:
     return Kernel(names[0], threads) if names else None
 
 
-def use_kernel(model: openvino.Model, kernel: Kernel) -> None:
-    """Replace each attention that rounds queries and keys and has many keys; shapes must be definite."""
+def use_attention(model: openvino.Model, kernel: Kernel) -> None:
+    """Replace each attention that rounds queries and keys and has many keys, where shapes are definite."""
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Softmax":
             _replace(node, kernel)
@@ -70,10 +79,10 @@ def use_kernel(model: openvino.Model, kernel: Kernel) -> None:
 
 def _replace(softmax: Node, kernel: Kernel) -> None:
     """If a softmax is that of such an attention, from rows of heads to rows of heads."""
-    scores, sums = _producer(softmax), _only_reader(softmax)
-    turned = sums and _only_reader(sums)
-    rows = turned and _only_reader(turned)
-    if not (sums and rows and rows.get_type_name() == "Reshape" and _order(turned) == HEADS_FIRST
+    scores, sums = producer(softmax), only_reader(softmax)
+    turned = sums and only_reader(sums)
+    rows = turned and only_reader(turned)
+    if not (sums and rows and rows.get_type_name() == "Reshape" and order_of(turned) == HEADS_FIRST
             and all(map(_is_plain_product, (scores, sums))) and softmax.get_output_partial_shape(0).is_static):
         return
     queries, keys = (_unrounded(scores.input_value(side).get_node()) for side in (0, 1))
@@ -87,8 +96,7 @@ def _replace(softmax: Node, kernel: Kernel) -> None:
         return
     found = Attention(inputs, heads, queries.scale * keys.scale, *kernel)
     found.set_friendly_name(softmax.get_friendly_name())
-    for port in rows.output(0).get_target_inputs():
-        port.replace_source_output(found.output(0))
+    take_the_place(rows, found)
 
 
 class _Unrounded(NamedTuple):
@@ -97,46 +105,29 @@ class _Unrounded(NamedTuple):
 
 
 def _unrounded(node: Node) -> _Unrounded | None:
-    """Where a product's side comes from, before it was scaled and rounded to int8 about 0; None if it was not."""
+    """Where a product's side comes from, before it was scaled and rounded to int8; None if it was not."""
     scale, rounded = 1.0, False
-    while node.get_type_name() in (ROUNDED, *ALONE):
-        kind, others = node.get_type_name(), node.input_values()[1:]
-        numbers = [number for number in (_number(value.get_node()) for value in others) if number is not None]
-        if len(numbers) < len(others) or (kind == "Subtract" and numbers != [0]):
+    while (kind := node.get_type_name()) in ("FakeQuantize", *ALONE):
+        if kind == "FakeQuantize":
+            factor, rounded = int8_steps(node), True
+        elif kind == "Convert":
+            factor = 1.0
+        else:
+            number = number_of(node.input_value(1))
+            factor = number if kind == "Multiply" else 1.0 if number == 0 else None
+        if factor is None:
             return None
-        if kind == ROUNDED:
-            low, high, least, most = numbers
-            scale *= (most - least) / (high - low)
-            rounded = abs(least - low * (most - least) / (high - low)) < 1e-3  # so that 0 stays 0
-        elif kind == "Multiply":
-            scale *= numbers[0]
-        node = _producer(node)
+        scale, node = scale * factor, producer(node)
     return _Unrounded(node, scale) if rounded else None
 
 
-def _number(node: Node) -> float | None:
-    """What a constant of one number holds, converted or not."""
-    if node.get_type_name() == "Convert":
-        node = _producer(node)
-    return float(node.data.item()) if node.get_type_name() == "Constant" and node.data.size == 1 else None
-
-
-def _rows(node: Node, order: list[int]) -> Any | None:
-    """The rows whose heads were brought to the front, as a value (batch, tokens, heads * width)."""
-    view = _producer(node) if _order(node) == order else None
+def _rows(node: Node, order: list[int]) -> Value | None:
+    """The rows whose heads were brought to the front, (batch, tokens, heads * width)."""
+    view = producer(node) if order_of(node) == order else None
     if view is None or view.get_type_name() != "Reshape":
         return None
-    rows, shape = view.input_value(0), view.get_output_shape(0)
-    fits = len(rows.get_shape()) == 3 and list(rows.get_shape()) == [*shape[:2], shape[2] * shape[3]]
-    return rows if fits and len(shape) == 4 else None
-
-
-def _order(node: Node) -> list[int] | None:
-    """Of a transpose."""
-    if node.get_type_name() != "Transpose":
-        return None
-    order = node.input_value(1).get_node()
-    return [int(axis) for axis in order.data] if order.get_type_name() == "Constant" else None
+    rows, shape = view.input_value(0), list(view.get_output_shape(0))
+    return rows if len(shape) == 4 and list(rows.get_shape()) == [*shape[:2], shape[2] * shape[3]] else None
 
 
 def _is_plain_product(node: Node) -> bool:
@@ -145,12 +136,3 @@ def _is_plain_product(node: Node) -> bool:
         return False
     attributes = node.get_attributes()
     return not (attributes["transpose_a"] or attributes["transpose_b"])
-
-
-def _producer(node: Node) -> Node:
-    return node.input_value(0).get_node()
-
-
-def _only_reader(node: Node) -> Node | None:
-    ports = list(node.output(0).get_target_inputs())
-    return ports[0].get_node() if len(ports) == 1 else None

@@ -1,4 +1,4 @@
-"""Kernels of our own for the CPU, in C++: attention.
+"""Kernels of our own for the CPU, in C++: attention and group norm.
 
 They are compiled when the package is installed, for x86 on Linux, where a compiler is at hand; that of the CPU's
 instruction set is chosen when it runs. Without them everything works, slower.
@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float16, Float32, Int8
 
 from ..errors import BadInput
 
-LIBRARY = "_attention"
+LIBRARY = "_kernels"
 LIMITS = {"AVX512_CORE_AMX": "amx", "AVX512_CORE_": "avx512", "AVX2_VNNI": "avx2vnni", "AVX2": "avx2"}  # beginnings
 UNLIMITED = ("", "ALL", "DEFAULT", "AVX10")
 ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"  # the variable by which users hold back the CPU's newest instructions
@@ -65,6 +65,28 @@ def attention(
         raise MemoryError(f"attention of {k.shape[1]} keys needs more memory than there is; close other programs")
 
 
+def group_norm(
+    x: Float32[np.ndarray, "*hw c"] | Float16[np.ndarray, "*hw c"], gamma: Float32[np.ndarray, "c"],
+    beta: Float32[np.ndarray, "c"], out: Int8[np.ndarray, "*hw c"], *, groups: int, epsilon: float, silu: bool,
+    steps: float, threads: int = 1,
+) -> None:
+    """Write a map's group norm (Wu & He 2018) into `out` as int8, rounded and clamped; `steps` of it are 1.
+
+    Channels are last. `silu`: y sigmoid(y) of each y = gamma z + beta. Of two bytes, a number of `x` is a bfloat16, in
+    whatever type numpy, which has none, holds it. Raises BadInput for arrays that do not fit, MemoryError.
+    """
+    library, channels = _library(), x.shape[-1]
+    if (library is None or channels % groups or 0 in x.shape or x.shape != out.shape
+            or not all(array.flags.c_contiguous for array in (x, gamma, beta, out))):
+        raise BadInput(f"group norm of {x.shape} in {groups} groups does not fit, or no kernel was compiled; pass "
+                       "whole arrays, and groups that divide the channels")
+    failed = library.caphuman_group_norm(
+        x.ctypes.data, x.itemsize == 2, x.size // channels, channels, groups, gamma.ctypes.data, beta.ctypes.data,
+        epsilon, silu, steps, out.ctypes.data, threads)
+    if failed:
+        raise MemoryError(f"group norm of {channels} channels needs more memory than there is; close other programs")
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """What was compiled, if it was and can be loaded."""
@@ -80,5 +102,8 @@ def _library() -> ctypes.CDLL | None:
             library.caphuman_attention_kernels.restype = ctypes.c_char_p
             library.caphuman_attention_widest.argtypes = [ctypes.c_char_p]
             library.caphuman_attention_widest.restype = ctypes.c_int64
+            library.caphuman_group_norm.argtypes = [
+                pointers[0], ctypes.c_int, *lengths[:3], *pointers[:2], ctypes.c_float, ctypes.c_int, ctypes.c_float,
+                pointers[0], ctypes.c_int]
             return library
     return None

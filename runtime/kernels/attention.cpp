@@ -1,19 +1,15 @@
 // Chooses a kernel and spreads heads and queries over threads.
 #include "attention.h"
 
-#include <sched.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <system_error>
-#include <thread>
 #include <vector>
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
+#include "exported.h"
+#include "threads.h"
 
 namespace {
 
@@ -31,22 +27,6 @@ Memory allocated(int64_t bytes) {
     Memory memory(static_cast<char *>(std::aligned_alloc(LINE, rounded_up(std::max<int64_t>(bytes, 1), LINE))));
     if (!memory) throw std::bad_alloc();
     return memory;
-}
-
-// Where this process may run. Asked when the library is loaded: a runtime pins the threads that call later.
-cpu_set_t allowed() {
-    cpu_set_t found;
-    CPU_ZERO(&found);
-    sched_getaffinity(0, sizeof found, &found);
-    return found;
-}
-const cpu_set_t ALLOWED = allowed();
-
-// A new thread would be pinned to where its maker is, and the scheduler leaves it there while workers spin elsewhere.
-void move_away_from(int cpu) {
-    cpu_set_t rest = ALLOWED;
-    CPU_CLR(cpu, &rest);
-    if (CPU_COUNT(&rest)) sched_setaffinity(0, sizeof rest, &rest);
 }
 
 struct Call {
@@ -100,23 +80,6 @@ struct Call {
     }
 };
 
-void run(Call &call) {
-    const int here = sched_getcpu();
-    std::vector<std::thread> others;
-    for (size_t i = 1; i < call.rooms.size(); i++) {
-        try {
-            others.emplace_back([&call, here, i] {
-                move_away_from(here);
-                call.work(call.rooms[i].get());
-            });
-        } catch (const std::system_error &) {
-            break;  // no more threads: fewer do the same work
-        }
-    }
-    call.work(call.rooms[0].get());
-    for (auto &other : others) other.join();
-}
-
 }  // namespace
 
 // Names of the kernels that this CPU can run, fastest first, each followed by a space.
@@ -150,7 +113,7 @@ EXPORTED int caphuman_attention(const char *name, const float *q, const float *k
         if (std::strcmp(kernel->name, name) || !kernel->usable()) continue;
         try {
             Call call(*kernel, {batch, queries, keys, heads, width}, q, k, v, out, scale, std::max(threads, 1));
-            run(call);
+            on_threads(int(call.rooms.size()), [&call](int i) { call.work(call.rooms[i].get()); });
             return 0;
         } catch (const std::bad_alloc &) {
             return 1;

@@ -61,7 +61,7 @@ def attentions(model):
 
 def rewritten(model, batch=2):
     model.reshape([batch, *model.input().get_partial_shape()[1:]])
-    ours.use_kernel(model, ours.kernel_here(2))
+    ours.use_attention(model, ours.kernel_here(2))
     return model
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from caphuman_edge.runtime import kernels
 from caphuman_edge.runtime.errors import BadInput
-from caphuman_edge.runtime.kernels import attention, attention_kernels, widest_head
+from caphuman_edge.runtime.kernels import attention, attention_kernels, group_norm, widest_head
 
 HERE = attention_kernels()
 ROUNDING = 0.04  # what int8 queries and keys may cost, of the spread of what comes out
@@ -142,10 +142,65 @@ def test_without_a_library_there_are_no_kernels(monkeypatch, tmp_path):
     kernels._library.cache_clear()
     try:
         assert attention_kernels() == () and widest_head("avx2") == 0
-        broken = tmp_path / f"_attention{kernels.importlib.machinery.EXTENSION_SUFFIXES[0]}"
+        broken = tmp_path / f"_kernels{kernels.importlib.machinery.EXTENSION_SUFFIXES[0]}"
         broken.write_bytes(b"of another machine")
         kernels._library.cache_clear()
         assert attention_kernels() == ()
     finally:
         monkeypatch.undo()
         kernels._library.cache_clear()
+
+
+def normed(x, gamma, beta, groups, epsilon, silu, steps):
+    """As int8, in double precision, of rows of channels."""
+    apart = x.astype(np.float64).reshape(len(x), groups, -1)
+    mean, variance = apart.mean(axis=(0, 2), keepdims=True), apart.var(axis=(0, 2), keepdims=True)
+    y = ((apart - mean) / np.sqrt(variance + epsilon)).reshape(x.shape) * gamma + beta
+    if silu:
+        y = y / (1 + np.exp(-y))
+    return np.clip(np.rint(y * steps), -128, 127)
+
+
+def as_bfloat16(x):
+    """The same numbers with 8 bits each, as float32 and as what a bfloat16 is stored as."""
+    bits = (x.view(np.uint32) + 0x8000) >> 16
+    return (bits << 16).view(np.float32), bits.astype(np.uint16).view(np.float16)
+
+
+needs_library = pytest.mark.skipif(kernels._library() is None, reason="no kernel was compiled for this machine")
+
+
+@needs_library
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("lengths", [(1000, 64, 32), (4096, 320, 32), (1, 32, 4), (33, 50, 1), (70, 7, 7)])
+def test_group_norm_to_int8(lengths, halves, silu):
+    rows, channels, groups = lengths
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((rows, channels)) * 3 + 20 * rng.standard_normal(channels)).astype(np.float32)
+    gamma, beta = rng.uniform(0.5, 1.5, channels).astype(np.float32), rng.standard_normal(channels).astype(np.float32)
+    real, given = as_bfloat16(x) if halves else (x, x)
+    out = np.empty((rows, channels), np.int8)
+    group_norm(given, gamma, beta, out, groups=groups, epsilon=1e-5, silu=silu, steps=40.0, threads=2)
+    wanted = normed(real, gamma, beta, groups, 1e-5, silu, 40.0)
+    assert np.abs(out - wanted).max() <= 1
+    assert (out != wanted).mean() < 2e-3  # those between two numbers may fall to either side
+
+
+@needs_library
+def test_group_norm_is_the_same_on_any_number_of_threads():
+    rng = np.random.default_rng(0)
+    x, ones = rng.standard_normal((64, 80, 48), np.float32), np.ones(48, np.float32)
+    outs = [np.empty(x.shape, np.int8) for _ in range(4)]
+    for threads, out in enumerate(outs, start=1):
+        group_norm(x, ones, ones, out, groups=4, epsilon=0.0, silu=True, steps=30.0, threads=threads)
+        np.testing.assert_array_equal(out, outs[0])
+
+
+@needs_library
+def test_group_norm_refuses_what_does_not_fit():
+    x, ones = np.ones((10, 48), np.float32), np.ones(48, np.float32)
+    settings = {"groups": 4, "epsilon": 0.0, "silu": True, "steps": 1.0}
+    for rows, other in [(x, {"groups": 5}), (x[::2], {}), (x[:0], {})]:
+        with pytest.raises(BadInput, match="does not fit"):
+            group_norm(rows, ones, ones, np.empty(rows.shape, np.int8), **{**settings, **other})

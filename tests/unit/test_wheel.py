@@ -51,7 +51,7 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel):
         package = f"caphuman_edge/{folder.removeprefix('caphuman_')}"
         files = [file.relative_to(ROOT / folder) for file in (ROOT / folder).rglob("*") if file.is_file()]
         wanted |= {f"{package}/{file.as_posix()}" for file in files if _shipped(file)}
-    compiled = {name for name in held if name.startswith("caphuman_edge/runtime/kernels/_attention.")}
+    compiled = {name for name in held if name.startswith("caphuman_edge/runtime/kernels/_kernels.")}
     assert held - compiled == wanted
     able = sys.platform == "linux" and platform.machine() == "x86_64" and shutil.which("g++")
     assert len(compiled) == (1 if able else 0)
@@ -73,7 +73,7 @@ def test_the_wheel_carries_licence_and_notice(wheel):
 
 
 def test_the_runtime_imports_without_torch(python, tmp_path):
-    extras = ("gl.py", "openvino.py", "openvino_attention.py", "openvino_halves.py", "batch_ray.py")
+    extras = ("gl.py", "openvino.py", "openvino_attention.py", "openvino_halves.py", "openvino_norm.py", "batch_ray.py")
     modules = [f"caphuman_edge.{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}"
                for path in (ROOT / "runtime").rglob("*.py") if path.name not in ("__init__.py", *extras)]
     run(python, "-c", f"for name in {modules!r}: __import__(name)", cwd=tmp_path)

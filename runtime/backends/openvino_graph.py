@@ -1,0 +1,64 @@
+"""Looking at OpenVINO's graphs."""
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Node: TypeAlias = Any  # OpenVINO's, whose package has no types; Python sees a new object each time
+Value: TypeAlias = Any  # a node's output
+ALONE = ("Multiply", "Subtract", "Convert")  # what changes each number alone, by one number
+
+
+def producer(node: Node) -> Node:
+    """Of the first of what a node reads; None if it reads nothing."""
+    return node.input_value(0).get_node() if node.get_input_size() else None
+
+
+def readers(node: Node) -> list[Node]:
+    """Who reads a node's output, but for those that ask for its shape alone."""
+    found = [port.get_node() for port in node.output(0).get_target_inputs()]
+    return [reader for reader in found if reader.get_type_name() != "ShapeOf"]
+
+
+def only_reader(node: Node) -> Node | None:
+    """The one that reads a node's output, if it is one."""
+    found = readers(node)
+    return found[0] if len(found) == 1 else None
+
+
+def order_of(node: Node | None) -> list[int] | None:
+    """Of a transpose."""
+    if node is None or node.get_type_name() != "Transpose":
+        return None
+    order = node.input_value(1).get_node()
+    return [int(axis) for axis in order.data] if order.get_type_name() == "Constant" else None
+
+
+def array_of(value: Value) -> np.ndarray | None:
+    """The numbers of a constant, converted and reshaped or not."""
+    node = value.get_node()
+    if node.get_type_name() in ("Convert", "Reshape"):
+        found = array_of(node.input_value(0))
+        return None if found is None else found.reshape(value.get_shape())
+    return node.data if node.get_type_name() == "Constant" else None
+
+
+def number_of(value: Value) -> float | None:
+    """What a constant of one number holds."""
+    found = array_of(value)
+    return float(found.item()) if found is not None and found.size == 1 else None
+
+
+def int8_steps(rounding: Node) -> float | None:
+    """How many of a FakeQuantize's steps are 1, if it rounds to int8 and 0 stays 0; None if not."""
+    numbers = [number for number in map(number_of, rounding.input_values()[1:]) if number is not None]
+    if len(numbers) < 4:
+        return None
+    low, high, least, most = numbers
+    steps = (most - least) / (high - low)
+    return steps if abs(least - low * steps) < 1e-3 and (least, most) == (-128, 127) else None
+
+
+def take_the_place(old: Node, new: Node, output: int = 0) -> None:
+    """Whoever read the old node's output reads the new node's."""
+    for port in old.output(output).get_target_inputs():
+        port.replace_source_output(new.output(0))
