@@ -182,7 +182,7 @@ def ceiling(bundle: Path, rounds: int) -> Row:
 def below_amx(bundle: Path) -> Row:
     """A step in turns with and without the matrix units that laptops lack."""
     graph = ("graph", "--bundle", bundle, "--precision")
-    with Side(*graph, "fast") as with_amx, Side(*graph, "f32", environment=BELOW_AMX) as without:
+    with Side(*graph, "fast") as with_amx, Side(*graph, "fast", environment=BELOW_AMX) as without:
         rows = taken({"amx": with_amx, "below_amx": without}, 3)
     return {name: statistics.median(row["step"][0] for row in side) for name, side in rows.items()}
 

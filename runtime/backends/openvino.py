@@ -29,6 +29,7 @@ DTYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "i64": "int64", 
           "i8": "int8", "boolean": "bool"}
 PRECISIONS = {"FP32": "f32", "BF16": "bf16", "FP16": "f16"}  # as OpenVINO's devices name what they compute in
 FASTEST = ("bf16", "f16", "f32")  # of what a device has units for
+WITHOUT_HALVES = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")  # of ISA_LIMIT: no bfloat16
 FIXED_LENGTHS = ("NPU",)  # devices that compile for definite lengths alone
 REWRITTEN = 2  # another number where what is done to graphs for our kernels is another
 ROUNDING = (FAST, "bf16")  # precisions that let our own kernels round, too
@@ -93,6 +94,8 @@ def _cores() -> int:
 def _config(place: str, precision: str | None, threads: int | None) -> dict[str, Any]:
     """OpenVINO's properties for a device."""
     able = [PRECISIONS[name] for name in _core().get_property(place, "OPTIMIZATION_CAPABILITIES") if name in PRECISIONS]
+    if place == CPU and os.environ.get(ISA_LIMIT, "").upper() in WITHOUT_HALVES:
+        able = ["f32"]
     check_choice(NAME, "precision", precision, (*able, FAST))
     if precision == FAST:
         precision = next((name for name in FASTEST if name in able), None)
