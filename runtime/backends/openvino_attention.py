@@ -7,6 +7,7 @@ from ..kernels import attention, attention_kernels, widest_head
 from .openvino_graph import (
     ALONE,
     Node,
+    OwnNode,
     Value,
     int8_steps,
     number_of,
@@ -27,39 +28,21 @@ class Kernel(NamedTuple):
     threads: int
 
 
-class Attention(openvino.Op):  # type: ignore[misc]  # of a package without types
+class Attention(OwnNode):
     """softmax(q k' scale) v of each head, of float rows that hold their heads one after the other."""
 
     class_type_info = openvino.DiscreteTypeInfo("Attention", "caphuman")
 
     def __init__(self, inputs: Any = None, heads: int = 1, scale: float = 1.0, kernel: str = "",
                  threads: int = 1) -> None:
-        super().__init__(self)
-        self._attributes: dict[str, Any] = {"heads": heads, "scale": scale, "kernel": kernel, "threads": threads}
-        if inputs is not None:
-            self.set_arguments(inputs)
-            self.constructor_validate_and_infer_types()
+        super().__init__(inputs, {"heads": heads, "scale": scale, "kernel": kernel, "threads": threads})
 
     def validate_and_infer_types(self) -> None:
         self.set_output_type(0, self.get_input_element_type(0), self.get_input_partial_shape(0))
 
-    def clone_with_new_inputs(self, new_inputs: Any) -> "Attention":
-        return Attention(new_inputs, **self._attributes)
-
-    def visit_attributes(self, visitor: Any) -> bool:
-        visitor.on_attributes(self._attributes)
-        return True
-
-    @staticmethod
-    def get_type_info() -> openvino.DiscreteTypeInfo:
-        return Attention.class_type_info
-
-    def has_evaluate(self) -> bool:
-        return True
-
     def evaluate(self, outputs: Any, inputs: Any) -> bool:
         q, k, v = (tensor.data for tensor in inputs)
-        attention(q, k, v, outputs[0].data, **self._attributes)
+        attention(q, k, v, outputs[0].data, **self._settings)
         return True
 
 

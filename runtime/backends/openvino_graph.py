@@ -1,11 +1,39 @@
-"""Looking at OpenVINO's graphs."""
+"""Looking at OpenVINO's graphs, and nodes of our own in them."""
 from typing import Any, TypeAlias
 
 import numpy as np
+import openvino
 
 Node: TypeAlias = Any  # OpenVINO's, whose package has no types; Python sees a new object each time
 Value: TypeAlias = Any  # a node's output
 ALONE = ("Multiply", "Subtract", "Convert")  # what changes each number alone, by one number
+
+
+class OwnNode(openvino.Op):  # type: ignore[misc]  # of a package without types
+    """A node that Python computes; graphs, cached ones too, keep its settings in the types of their defaults."""
+
+    class_type_info: openvino.DiscreteTypeInfo
+
+    def __init__(self, inputs: Any, settings: dict[str, Any]) -> None:
+        super().__init__(self)
+        self._settings = settings
+        if inputs is not None:
+            self.set_arguments(inputs)
+            self.constructor_validate_and_infer_types()
+
+    def clone_with_new_inputs(self, new_inputs: Any) -> "OwnNode":
+        return type(self)(new_inputs, **self._settings)
+
+    def visit_attributes(self, visitor: Any) -> bool:
+        visitor.on_attributes(self._settings)
+        return True
+
+    @classmethod
+    def get_type_info(cls) -> openvino.DiscreteTypeInfo:
+        return cls.class_type_info
+
+    def has_evaluate(self) -> bool:
+        return True
 
 
 def producer(node: Node) -> Node:

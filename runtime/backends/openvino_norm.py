@@ -9,6 +9,7 @@ from ..kernels import group_norm
 from .openvino_graph import (
     ALONE,
     Node,
+    OwnNode,
     array_of,
     int8_steps,
     number_of,
@@ -23,41 +24,23 @@ CHANNELS_LAST, CHANNELS_FIRST, ROWS = [0, 2, 3, 1], [0, 3, 1, 2], [0, 2, 1]
 FEWEST_NUMBERS = 1 << 19  # of a map; below, OpenVINO's copies are as fast as a call of ours
 
 
-class GroupNorm(openvino.Op):  # type: ignore[misc]  # of a package without types
+class GroupNorm(OwnNode):
     """Group norm, then SiLU or not, as int8 of which `steps` are 1, of maps whose channels are last."""
 
     class_type_info = openvino.DiscreteTypeInfo("GroupNorm", "caphuman")
 
     def __init__(self, inputs: Any = None, groups: int = 1, epsilon: float = 0.0, silu: bool = False,
                  steps: float = 1.0, threads: int = 1) -> None:
-        super().__init__(self)
-        self._attributes: dict[str, Any] = {"groups": groups, "epsilon": epsilon, "silu": silu, "steps": steps,
-                                            "threads": threads}
-        if inputs is not None:
-            self.set_arguments(inputs)
-            self.constructor_validate_and_infer_types()
+        super().__init__(inputs, {"groups": groups, "epsilon": epsilon, "silu": silu, "steps": steps,
+                                  "threads": threads})
 
     def validate_and_infer_types(self) -> None:
         self.set_output_type(0, openvino.Type.i8, self.get_input_partial_shape(0))
 
-    def clone_with_new_inputs(self, new_inputs: Any) -> "GroupNorm":
-        return GroupNorm(new_inputs, **self._attributes)
-
-    def visit_attributes(self, visitor: Any) -> bool:
-        visitor.on_attributes(self._attributes)
-        return True
-
-    @staticmethod
-    def get_type_info() -> openvino.DiscreteTypeInfo:
-        return GroupNorm.class_type_info
-
-    def has_evaluate(self) -> bool:
-        return True
-
     def evaluate(self, outputs: Any, inputs: Any) -> bool:
         maps, gamma, beta = (tensor.data for tensor in inputs)
         for one, out in zip(maps, outputs[0].data, strict=True):
-            group_norm(one, gamma, beta, out, **self._attributes)
+            group_norm(one, gamma, beta, out, **self._settings)
         return True
 
 

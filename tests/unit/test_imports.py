@@ -20,7 +20,8 @@ OURS = {
 }
 BASE = {"numpy", "PIL", "jaxtyping"}
 LAZY = {"runtime/backends/ort.py": {"onnxruntime"}, "runtime/backends/openvino.py": {"openvino"},
-        "runtime/backends/openvino_attention.py": {"openvino"}, "runtime/backends/openvino_norm.py": {"openvino"},
+        "runtime/backends/openvino_attention.py": {"openvino"}, "runtime/backends/openvino_graph.py": {"openvino"},
+        "runtime/backends/openvino_norm.py": {"openvino"},
         "runtime/backends/openvino_halves.py": {"openvino"},
         "runtime/backends/coreml.py": {"coremltools"},
         "runtime/render/gl.py": {"moderngl"}, "runtime/perception/insight.py": {"insightface"},
