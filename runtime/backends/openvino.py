@@ -15,11 +15,12 @@ import openvino
 from ..compiled import compiled_entry
 from ..contract import GraphSpec, TensorSpec
 from ..errors import BundleError
-from ..kernels import ISA_LIMIT
+from ..kernels import AMX, ISA_LIMIT
 from ..manifest import check_graph
 from ..pages import Range, dropping_pages, give_back, mapped_under
 from . import ANY_DEVICE, FAST, Arrays, Graph, Shapes, check_choice, check_threads, chosen_device
 from .openvino_attention import Attention, Kernel, kernel_here, use_attention
+from .openvino_feed_forward import FeedForward, use_feed_forward
 from .openvino_halves import halves
 from .openvino_norm import GroupNorm, use_group_norm
 
@@ -31,7 +32,7 @@ PRECISIONS = {"FP32": "f32", "BF16": "bf16", "FP16": "f16"}  # as OpenVINO's dev
 FASTEST = ("bf16", "f16", "f32")  # of what a device has units for
 WITHOUT_HALVES = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")  # of ISA_LIMIT: no bfloat16
 FIXED_LENGTHS = ("NPU",)  # devices that compile for definite lengths alone
-REWRITTEN = 2  # another number where what is done to graphs for our kernels is another
+REWRITTEN = 3  # another number where what is done to graphs for our kernels is another
 ROUNDING = (FAST, "bf16")  # precisions that let our own kernels round, too
 CPU = "CPU"
 AUTO = "AUTO"  # OpenVINO's own choice among the devices
@@ -80,6 +81,7 @@ def _core() -> openvino.Core:
     core = openvino.Core()
     core.add_extension(Attention)
     core.add_extension(GroupNorm)
+    core.add_extension(FeedForward)
     return core
 
 
@@ -185,6 +187,8 @@ class _File:
         if self.kernel:
             use_attention(model, self.kernel)
             use_group_norm(model, self.config["INFERENCE_PRECISION_HINT"] == "bf16", self.kernel.threads)
+            if self.kernel.name == AMX:
+                use_feed_forward(model, self.kernel.threads)
         return model, mapped_under(self.path.parent) - before
 
     def _made(self, model: openvino.Model, mapped: set[Range], folder: Path | None) -> _Loaded:

@@ -1,5 +1,5 @@
 """Looking at OpenVINO's graphs, and nodes of our own in them."""
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import openvino
@@ -62,11 +62,15 @@ def order_of(node: Node | None) -> list[int] | None:
 
 
 def array_of(value: Value) -> np.ndarray | None:
-    """The numbers of a constant, converted and reshaped or not."""
+    """The numbers of a constant, converted, reshaped and multiplied or not."""
     node = value.get_node()
     if node.get_type_name() in ("Convert", "Reshape"):
         found = array_of(node.input_value(0))
         return None if found is None else found.reshape(value.get_shape())
+    if node.get_type_name() == "Multiply":
+        one = array_of(node.input_value(0))
+        two = None if one is None else array_of(node.input_value(1))
+        return None if two is None else one.astype(np.float32) * two
     return node.data if node.get_type_name() == "Constant" else None
 
 
@@ -84,6 +88,41 @@ def int8_steps(rounding: Node) -> float | None:
     low, high, least, most = numbers
     steps = (most - least) / (high - low)
     return steps if abs(least - low * steps) < 1e-3 and (least, most) == (-128, 127) else None
+
+
+class Rounded(NamedTuple):
+    """Numbers that were rounded to int8 and are floats again."""
+
+    source: Value  # what was rounded
+    steps: float  # of int8 in 1
+    scale: float  # what 1 of int8 has become
+
+
+def rounded(value: Value) -> Rounded | None:
+    """Where numbers come from, if they were rounded to int8 and multiplied by one number afterwards."""
+    node, scale = value.get_node(), 1.0
+    while (kind := node.get_type_name()) in ALONE:
+        if kind != "Convert":
+            number = number_of(node.input_value(1))
+            if number is None or (kind == "Subtract" and number != 0):
+                return None
+            scale *= number if kind == "Multiply" else 1.0
+        node = producer(node)
+    steps = int8_steps(node) if kind == "FakeQuantize" else None
+    return None if steps is None else Rounded(node.input_value(0), steps, scale)
+
+
+def same(one: Value, two: Value) -> bool:
+    """Whether both are one output of one node."""
+    return bool(one.get_node().get_name() == two.get_node().get_name() and one.get_index() == two.get_index())
+
+
+def sides(node: Node, kind: str) -> list[tuple[Value, Value]]:
+    """What a node of this kind reads, either way round; nothing if it is another kind."""
+    if node.get_type_name() != kind:
+        return []
+    one, two = node.input_values()
+    return [(one, two), (two, one)]
 
 
 def take_the_place(old: Node, new: Node, output: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Kernels of our own for the CPU, in C++: attention and group norm.
+"""Kernels of our own for the CPU, in C++: attention, group norm and feed-forward blocks.
 
 They are compiled when the package is installed, for x86 on Linux, where a compiler is at hand; that of the CPU's
 instruction set is chosen when it runs. Without them everything works, slower.
@@ -15,7 +15,9 @@ from jaxtyping import Float16, Float32, Int8
 from ..errors import BadInput
 
 LIBRARY = "_kernels"
-LIMITS = {"AVX512_CORE_AMX": "amx", "AVX512_CORE_": "avx512", "AVX2_VNNI": "avx2vnni", "AVX2": "avx2"}  # beginnings
+AMX = "amx"  # Intel's matrix unit
+DEPTH = 64  # numbers of a row in one of its tiles
+LIMITS = {"AVX512_CORE_AMX": AMX, "AVX512_CORE_": "avx512", "AVX2_VNNI": "avx2vnni", "AVX2": "avx2"}  # beginnings
 UNLIMITED = ("", "ALL", "DEFAULT", "AVX10")
 ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"  # the variable by which users hold back the CPU's newest instructions
 
@@ -87,6 +89,52 @@ def group_norm(
         raise MemoryError(f"group norm of {channels} channels needs more memory than there is; close other programs")
 
 
+def feed_forward(
+    x: Float16[np.ndarray, "*n c"], norm: Float32[np.ndarray, "2 c"], first: Int8[np.ndarray, "..."],
+    inner: Float32[np.ndarray, "4 h"], second: Int8[np.ndarray, "..."], outer: Float32[np.ndarray, "2 c"],
+    out: Float16[np.ndarray, "*n c"], *, epsilon: float, threads: int = 1,
+) -> None:
+    """Write x + second(v gelu(g)), where v, g = first(layer norm of x), into `out`: GEGLU (Shazeer 2020), on AMX.
+
+    Numbers of `x` and `out` are bfloat16, in whatever type numpy holds them. `norm`: gamma and beta in steps of the
+    int8 that the norm is rounded to. `first`: `gated_panels` of weights; `inner`: what v's sums are multiplied by and
+    what is added, both in steps of the int8 that v gelu(g) is rounded to, then g's. `second`: `panels`; `outer`: factor
+    and summand. Raises BadInput for arrays that do not fit or a CPU without AMX, MemoryError.
+    """
+    library, (width, hidden) = _library(), (x.shape[-1], inner.shape[-1])
+    if (library is None or AMX not in attention_kernels() or width % DEPTH or hidden % DEPTH or 0 in x.shape
+            or x.shape != out.shape or x.itemsize != 2 or out.itemsize != 2
+            or (first.size, second.size) != (2 * width * hidden, width * hidden)
+            or (norm.shape, inner.shape, outer.shape) != ((2, width), (4, hidden), (2, width))
+            or not all(array.flags.c_contiguous for array in (x, norm, first, inner, second, outer, out))):
+        raise BadInput(f"a feed-forward block of {x.shape} and {hidden} does not fit, or this CPU has no AMX; pass "
+                       f"whole arrays of multiples of {DEPTH}")
+    failed = library.caphuman_feed_forward(
+        x.ctypes.data, x.size // width, width, hidden,
+        *(array.ctypes.data for array in (norm, first, inner, second, outer)), epsilon, out.ctypes.data, threads)
+    if failed:
+        raise MemoryError(f"a feed-forward block of {hidden} needs more memory than there is; close other programs")
+
+
+def panels(weights: Int8[np.ndarray, "k n"]) -> Int8[np.ndarray, "n/32 k/64 2 16 16 4"]:
+    """Weights as AMX wants them: panels of 32 columns, of which a tile holds 64 numbers of 16."""
+    tiles = _tiles(weights)
+    return np.stack([tiles[::2], tiles[1::2]], axis=2)
+
+
+def gated_panels(
+    values: Int8[np.ndarray, "k n"], gates: Int8[np.ndarray, "k n"],
+) -> Int8[np.ndarray, "n/16 k/64 2 16 16 4"]:
+    """The same of 16 columns of one and the same 16 of the other."""
+    return np.stack([_tiles(values), _tiles(gates)], axis=2)
+
+
+def _tiles(weights: Int8[np.ndarray, "k n"]) -> Int8[np.ndarray, "n/16 k/64 16 16 4"]:
+    """Of 16 columns each; four numbers of a column lie together."""
+    inputs, outputs = weights.shape
+    return weights.reshape(inputs // DEPTH, 16, 4, outputs // 16, 16).transpose(3, 0, 1, 4, 2)
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """What was compiled, if it was and can be loaded."""
@@ -105,5 +153,7 @@ def _library() -> ctypes.CDLL | None:
             library.caphuman_group_norm.argtypes = [
                 pointers[0], ctypes.c_int, *lengths[:3], *pointers[:2], ctypes.c_float, ctypes.c_int, ctypes.c_float,
                 pointers[0], ctypes.c_int]
+            library.caphuman_feed_forward.argtypes = [
+                pointers[0], *lengths[:3], *[ctypes.c_void_p] * 5, ctypes.c_float, pointers[0], ctypes.c_int]
             return library
     return None

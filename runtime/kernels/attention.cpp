@@ -3,12 +3,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "exported.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace {
@@ -16,18 +15,6 @@ namespace {
 using namespace caphuman;
 
 constexpr const Kernel *KERNELS[] = {&amx, &avx512, &avx2vnni, &avx2};  // fastest first
-constexpr int64_t LINE = 64;                                            // bytes, of a cache's
-
-struct Freed {
-    void operator()(void *memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<char, Freed>;
-
-Memory allocated(int64_t bytes) {
-    Memory memory(static_cast<char *>(std::aligned_alloc(LINE, rounded_up(std::max<int64_t>(bytes, 1), LINE))));
-    if (!memory) throw std::bad_alloc();
-    return memory;
-}
 
 struct Call {
     const Kernel &kernel;
