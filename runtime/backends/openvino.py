@@ -20,6 +20,7 @@ from ..manifest import check_graph
 from ..pages import Range, dropping_pages, give_back, mapped_under
 from . import ANY_DEVICE, FAST, Arrays, Graph, Shapes, check_choice, check_threads, chosen_device
 from .openvino_attention import Attention, Kernel, kernel_here, use_attention
+from .openvino_attention_block import AttentionBlock, use_attention_block
 from .openvino_feed_forward import FeedForward, use_feed_forward
 from .openvino_halves import halves
 from .openvino_norm import GroupNorm, use_group_norm
@@ -32,7 +33,7 @@ PRECISIONS = {"FP32": "f32", "BF16": "bf16", "FP16": "f16"}  # as OpenVINO's dev
 FASTEST = ("bf16", "f16", "f32")  # of what a device has units for
 WITHOUT_HALVES = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")  # of ISA_LIMIT: no bfloat16
 FIXED_LENGTHS = ("NPU",)  # devices that compile for definite lengths alone
-REWRITTEN = 3  # another number where what is done to graphs for our kernels is another
+REWRITTEN = 4  # another number where what is done to graphs for our kernels is another
 ROUNDING = (FAST, "bf16")  # precisions that let our own kernels round, too
 CPU = "CPU"
 AUTO = "AUTO"  # OpenVINO's own choice among the devices
@@ -79,9 +80,8 @@ def load(
 @functools.cache
 def _core() -> openvino.Core:
     core = openvino.Core()
-    core.add_extension(Attention)
-    core.add_extension(GroupNorm)
-    core.add_extension(FeedForward)
+    for node in (Attention, AttentionBlock, FeedForward, GroupNorm):
+        core.add_extension(node)
     return core
 
 
@@ -185,10 +185,11 @@ class _File:
             check_graph(str(self.path), *_both_specs(model), spec)
         model.reshape(shapes or {})
         if self.kernel:
-            use_attention(model, self.kernel)
-            use_group_norm(model, self.config["INFERENCE_PRECISION_HINT"] == "bf16", self.kernel.threads)
             if self.kernel.name == AMX:
                 use_feed_forward(model, self.kernel.threads)
+                use_attention_block(model, self.kernel.threads)
+            use_attention(model, self.kernel)
+            use_group_norm(model, self.config["INFERENCE_PRECISION_HINT"] == "bf16", self.kernel.threads)
         return model, mapped_under(self.path.parent) - before
 
     def _made(self, model: openvino.Model, mapped: set[Range], folder: Path | None) -> _Loaded:

@@ -3,7 +3,7 @@ from typing import Any, NamedTuple
 
 import openvino
 
-from ..kernels import attention, attention_kernels, widest_head
+from ..kernels import attention, attention_kernels, takes_heads
 from .openvino_graph import (
     ALONE,
     Node,
@@ -11,7 +11,6 @@ from .openvino_graph import (
     Value,
     int8_steps,
     number_of,
-    only_reader,
     order_of,
     producer,
     take_the_place,
@@ -55,40 +54,53 @@ def kernel_here(threads: int) -> Kernel | None:
 def use_attention(model: openvino.Model, kernel: Kernel) -> None:
     """Replace each attention that rounds queries and keys and has many keys, where shapes are definite."""
     for node in model.get_ordered_ops():
-        if node.get_type_name() == "Softmax":
-            _replace(node, kernel)
+        found = heads_of(node)
+        if found and found.rounded and found.k.get_shape()[1] >= FEWEST_KEYS and takes_heads(kernel.name, found.width):
+            own = Attention([found.q, found.k, found.v], found.heads, found.scale, *kernel)
+            own.set_friendly_name(node.get_friendly_name())
+            take_the_place(node, own)
     model.validate_nodes_and_infer_types()
 
 
-def _replace(softmax: Node, kernel: Kernel) -> None:
-    """If a softmax is that of such an attention, from rows of heads to rows of heads."""
-    scores, sums = producer(softmax), only_reader(softmax)
-    turned = sums and only_reader(sums)
-    rows = turned and only_reader(turned)
-    if not (sums and rows and rows.get_type_name() == "Reshape" and order_of(turned) == HEADS_FIRST
-            and all(map(_is_plain_product, (scores, sums))) and softmax.get_output_partial_shape(0).is_static):
-        return
-    queries, keys = (_unrounded(scores.input_value(side).get_node()) for side in (0, 1))
-    if queries is None or keys is None:
-        return
-    inputs = [_rows(queries.source, HEADS_FIRST), _rows(keys.source, KEYS_LAST),
-              _rows(sums.input_value(1).get_node(), HEADS_FIRST)]
+class Heads(NamedTuple):
+    """softmax(q k' scale) v of heads, of rows that hold them one after the other, (batch, tokens, heads * width)."""
+
+    q: Value
+    k: Value
+    v: Value
+    heads: int
+    width: int
+    scale: float
+    rounded: bool  # whether queries and keys are, to int8
+
+
+def heads_of(rows: Node) -> Heads | None:
+    """The attention that a node gives the rows of, if it does."""
+    sums = _before_transpose(rows, HEADS_FIRST)
+    if sums is None or not _is_plain_product(sums) or not sums.get_output_partial_shape(0).is_static:
+        return None
+    softmax, values = (value.get_node() for value in sums.input_values())
+    scores = producer(softmax) if softmax.get_type_name() == "Softmax" else None
+    if scores is None or not _is_plain_product(scores):
+        return None
+    queries, keys = (_unrounded(value.get_node()) for value in scores.input_values())
+    if queries is None or keys is None or queries.rounded != keys.rounded:
+        return None
+    q, k, v = _rows(queries.source, HEADS_FIRST), _rows(keys.source, KEYS_LAST), _rows(values, HEADS_FIRST)
     batch, heads, tokens, width = sums.get_output_shape(0)
-    if (None in inputs or list(rows.get_output_shape(0)) != [batch, tokens, heads * width]
-            or width > widest_head(kernel.name) or softmax.get_output_shape(0)[-1] < FEWEST_KEYS):
-        return
-    found = Attention(inputs, heads, queries.scale * keys.scale, *kernel)
-    found.set_friendly_name(softmax.get_friendly_name())
-    take_the_place(rows, found)
+    if q is None or k is None or v is None or list(rows.get_output_shape(0)) != [batch, tokens, heads * width]:
+        return None
+    return Heads(q, k, v, heads, width, queries.scale * keys.scale, queries.rounded)
 
 
 class _Unrounded(NamedTuple):
     source: Node
     scale: float  # what the source is multiplied by on its way
+    rounded: bool
 
 
 def _unrounded(node: Node) -> _Unrounded | None:
-    """Where a product's side comes from, before it was scaled and rounded to int8; None if it was not."""
+    """Where a product's side comes from, before it was scaled and, perhaps, rounded to int8."""
     scale, rounded = 1.0, False
     while (kind := node.get_type_name()) in ("FakeQuantize", *ALONE):
         if kind == "FakeQuantize":
@@ -101,7 +113,13 @@ def _unrounded(node: Node) -> _Unrounded | None:
         if factor is None:
             return None
         scale, node = scale * factor, producer(node)
-    return _Unrounded(node, scale) if rounded else None
+    return _Unrounded(node, scale, rounded)
+
+
+def _before_transpose(node: Node, order: list[int]) -> Node | None:
+    """What was given this order of axes and reshaped to become a node's output."""
+    turned = producer(node) if node.get_type_name() == "Reshape" else None
+    return producer(turned) if order_of(turned) == order else None
 
 
 def _rows(node: Node, order: list[int]) -> Value | None:

@@ -112,6 +112,11 @@ def rounded(value: Value) -> Rounded | None:
     return None if steps is None else Rounded(node.input_value(0), steps, scale)
 
 
+def constants(*arrays: np.ndarray) -> list[Value]:
+    """Arrays, as a node of ours reads them."""
+    return [openvino.opset13.constant(np.ascontiguousarray(array)).output(0) for array in arrays]
+
+
 def same(one: Value, two: Value) -> bool:
     """Whether both are one output of one node."""
     return bool(one.get_node().get_name() == two.get_node().get_name() and one.get_index() == two.get_index())

@@ -1,6 +1,6 @@
-// Attention on Intel's matrix unit (AMX): scores of int8, weights and values of bfloat16.
+// Attention on Intel's matrix unit (AMX): scores of int8 or bfloat16, weights and values of bfloat16.
 //
-// A tile holds 16 rows of 64 bytes. Scores: 16 keys x 64 numbers times 64 numbers x 16 queries. Sums: 16 numbers of
+// A tile holds 16 rows of 64 bytes. Scores: 16 keys x 64 bytes of numbers times as many x 16 queries. Sums: 16 numbers of
 // values x 32 keys times 32 keys x 16 queries. So that the unit does not wait, the sums of 32 keys are issued while the
 // weights of the next 32 are computed.
 #include "attention.h"
@@ -22,38 +22,52 @@ namespace {
 using namespace caphuman;
 using bfloat16 = uint16_t;
 
-constexpr int64_t LANES = 16, PAIRED = 32, CHUNK = 128, BLOCKS = 4, WIDE = 80;  // keys: PAIRED a tile of weights
-constexpr int64_t TILE = 1024;                                                    // bytes
+constexpr int64_t LANES = 16, PAIRED = 32, CHUNK = 128, BLOCKS = 4;  // keys: PAIRED a tile of weights
+constexpr int64_t WIDE = 80, MOST_TILES = 5;  // numbers that are summed at once; tiles of 16 queries
+constexpr int64_t TILE = 1024;                // bytes
 constexpr float LEAST_SCALE = 0x1p-24f;  // with which INT32_MIN, the score of a key that is none, has no weight
 constexpr float LATE = 8;  // powers of two by which the maximum may be out of date: bfloat16 does not mind
 
-int64_t tiles(const Shape &s) { return (s.width + 63) / 64; }  // of one key's numbers
-int64_t full(const Shape &s) { return s.width / LANES; }       // tiles of a value's numbers
-int64_t rest(const Shape &s) { return s.width % LANES; }
+// ROUNDED: queries and keys to int8; otherwise they are bfloat16.
+template <bool ROUNDED>
+int64_t tiles(const Shape &s) { return ROUNDED ? (s.width + 63) / 64 : (s.width + 31) / 32; }  // of one key's numbers
+int64_t full(int64_t width) { return width / LANES; }  // tiles of a value's numbers
+int64_t rest(int64_t width) { return width % LANES; }
 int64_t padded_keys(const Shape &s) { return rounded_up(s.keys, PAIRED); }
 
-int64_t key_bytes(const Shape &s) { return padded_keys(s) * tiles(s) * 64; }
+template <bool ROUNDED>
+int64_t key_bytes(const Shape &s) { return padded_keys(s) * tiles<ROUNDED>(s) * 64; }
 int64_t value_bytes(const Shape &s) { return padded_keys(s) * s.width * int64_t(sizeof(bfloat16)); }
 
-// Numbers of one row, less what is taken off, as int8, each 64 of them `apart` bytes from the ones before.
-void round_row(const float *x, const float *less, int64_t width, float by, int64_t count, int64_t apart, int8_t *out) {
-    for (int64_t d = 0; d < count * 64; d += LANES) {
-        const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(by), difference(x + d, less + d, width - d));
-        _mm_store_si128(reinterpret_cast<__m128i *>(out + d / 64 * apart + d % 64),
-                        _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(scaled)));
+// Tiles' last rows may be fewer, of which only narrow heads' leave room for.
+bool takes(int64_t width) { return width <= WIDE || (width <= WIDEST && rest(width) == 0); }
+
+// Numbers of one row, less what is taken off, as int8 or bfloat16, each 64 bytes of them `apart` from the ones before.
+template <bool ROUNDED>
+void pack_row(const float *x, const float *less, int64_t width, float by, int64_t count, int64_t apart, int8_t *out) {
+    for (int64_t at = 0, d = 0; at < count * 64; at += ROUNDED ? LANES : 2 * LANES, d += LANES) {
+        const __m512 number = difference(x + d, less + d, width - d);
+        int8_t *to = out + at / 64 * apart + at % 64;
+        if constexpr (ROUNDED) {
+            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_set1_ps(by), number));
+            _mm_store_si128(reinterpret_cast<__m128i *>(to), _mm512_cvtsepi32_epi8(whole));
+        } else {
+            _mm256_store_si256(reinterpret_cast<__m256i *>(to), (__m256i)_mm512_cvtneps_pbh(number));
+        }
     }
 }
 
-// Keys as tiles of 16 keys x 64 numbers; values as tiles of 16 numbers x 32 keys, of the last one only the rows in use.
+// Keys as tiles of 16 keys x 64 bytes; values as tiles of 16 numbers x 32 keys, of the last one only the rows in use.
+template <bool ROUNDED>
 void pack(const Shape &s, const float *k, const float *center, const float *v, Head &head) {
     auto *keys = static_cast<int8_t *>(head.keys);
-    const float largest = largest_of(k, s.keys, s.row(), s.width, center);
+    const float largest = ROUNDED ? largest_of(k, s.keys, s.row(), s.width, center) : 127;
     head.key_scale = largest / 127;
-    const int64_t whole = s.keys / LANES * LANES * tiles(s) * 64;
-    std::memset(keys + whole, 0, key_bytes(s) - whole);
+    const int64_t count = tiles<ROUNDED>(s), whole = s.keys / LANES * LANES * count * 64;
+    std::memset(keys + whole, 0, key_bytes<ROUNDED>(s) - whole);
     for (int64_t i = 0; i < s.keys; i++)
-        round_row(k + i * s.row(), center, s.width, 127 / largest, tiles(s), TILE,
-                  keys + i / LANES * tiles(s) * TILE + i % LANES * 64);
+        pack_row<ROUNDED>(k + i * s.row(), center, s.width, 127 / largest, count, TILE,
+                          keys + i / LANES * count * TILE + i % LANES * 64);
 
     auto *values = static_cast<bfloat16 *>(head.values);
     const __m512i rows = rows_apart(s.row());
@@ -68,12 +82,12 @@ void pack(const Shape &s, const float *k, const float *center, const float *v, H
 }
 
 struct Block {  // what is known of 16 queries, a lane each
-    alignas(64) int8_t queries[2 * TILE];
-    alignas(64) float sums[WIDE * LANES], top[LANES], total[LANES], scale[LANES];
+    alignas(64) int8_t queries[MOST_TILES * TILE];
+    alignas(64) float sums[WIDEST * LANES], top[LANES], total[LANES], scale[LANES];
 };
 
 struct Room {
-    alignas(64) int32_t scores[2][CHUNK * LANES];
+    alignas(64) int32_t scores[2][CHUNK * LANES];  // or floats
     alignas(64) bfloat16 weights[CHUNK * LANES];
     Block blocks[BLOCKS];
 };
@@ -85,22 +99,27 @@ void enter(const Shape &s) {
         uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
-    if (rest(s)) config.rows[6] = config.rows[7] = uint8_t(rest(s));
+    if (rest(s.width)) config.rows[6] = config.rows[7] = uint8_t(rest(s.width));
     asm volatile("" ::"r"(&config) : "memory");  // GCC takes the first bytes alone for what is read
     _tile_loadconfig(&config);
 }
 
 void leave() { _tile_release(); }
 
+template <bool ROUNDED>
 void begin(const Shape &s, const Head &head, const float *q, float scale, int64_t count, Block &block) {
-    std::memset(&block, 0, sizeof block);
+    const int64_t most = tiles<ROUNDED>(s);
+    std::memset(block.queries, 0, most * TILE);
+    std::fill_n(block.sums, s.width * LANES, 0.f);
     std::fill_n(block.top, LANES, LOWEST);
+    std::fill_n(block.total, LANES, 0.f);
+    std::fill_n(block.scale, LANES, LEAST_SCALE);
     for (int64_t i = 0; i < std::min(LANES, count); i++) {
-        alignas(64) int8_t row[128];
-        const float largest = largest_of(q + i * s.row(), 1, 0, s.width, NOTHING);
+        alignas(64) int8_t row[MOST_TILES * 64];
+        const float largest = ROUNDED ? largest_of(q + i * s.row(), 1, 0, s.width, NOTHING) : 127;
         block.scale[i] = std::max(largest / 127 * head.key_scale * scale * LOG2_E, LEAST_SCALE);
-        round_row(q + i * s.row(), NOTHING, s.width, 127 / largest, tiles(s), 64, row);
-        for (int64_t d = 0; d < tiles(s) * 16; d++) std::memcpy(block.queries + (d * LANES + i) * 4, row + d * 4, 4);
+        pack_row<ROUNDED>(q + i * s.row(), NOTHING, s.width, 127 / largest, most, 64, row);
+        for (int64_t d = 0; d < most * 16; d++) std::memcpy(block.queries + (d * LANES + i) * 4, row + d * 4, 4);
     }
 }
 
@@ -119,29 +138,64 @@ void scores_of_two(const Block &one, const Block &two, const int8_t *keys, int64
     }
 }
 
-// Of one block of wide heads.
+// Tiles are named by literals alone, hence macros.
+#define FOR_EACH_TILE(DO) \
+    if constexpr (TILES > 0) DO(0, 3) \
+    if constexpr (TILES > 1) DO(1, 4) \
+    if constexpr (TILES > 2) DO(2, 5) \
+    if constexpr (TILES > 3) DO(3, 6) \
+    if constexpr (TILES > 4) DO(4, 7)
+#define LOAD_QUERIES(N, TO) _tile_loadd(TO, block.queries + N * TILE, 64);
+#define ADD_PRODUCT(N, FROM) { \
+    _tile_loadd(2, keys + N * TILE, 64); \
+    if constexpr (ROUNDED) _tile_dpbssd(0, 2, FROM); \
+    else _tile_dpbf16ps(0, 2, FROM); \
+}
+
+// Of one block.
+template <bool ROUNDED, int TILES>
 void scores_of_one(const Block &block, const int8_t *keys, int64_t count, int32_t *scores) {
-    _tile_loadd(4, block.queries, 64);
-    _tile_loadd(5, block.queries + TILE, 64);
-    for (int64_t j = 0; j < count; j += LANES, keys += 2 * TILE) {
+    FOR_EACH_TILE(LOAD_QUERIES)
+    for (int64_t j = 0; j < count; j += LANES, keys += TILES * TILE) {
         _tile_zero(0);
-        _tile_loadd(2, keys, 64);
-        _tile_dpbssd(0, 2, 4);
-        _tile_loadd(3, keys + TILE, 64);
-        _tile_dpbssd(0, 3, 5);
+        FOR_EACH_TILE(ADD_PRODUCT)
         _tile_stored(0, scores + j * LANES, 64);
     }
 }
 
-// Where a score is far above the maximum so far, it is the new one, and what was summed is made smaller.
-void raise_top(const int32_t *scores, int64_t count, int64_t width, Block &block) {
-    __m512i even = _mm512_load_si512(scores), odd = _mm512_load_si512(scores + LANES);
-    for (int64_t j = 2; j < count; j += 2) {
-        even = _mm512_max_epi32(even, _mm512_load_si512(scores + j * LANES));
-        odd = _mm512_max_epi32(odd, _mm512_load_si512(scores + (j + 1) * LANES));
+using Score = void (*)(const Block &, const int8_t *, int64_t, int32_t *);
+template <bool ROUNDED>
+constexpr Score SCORES[] = {scores_of_one<ROUNDED, 1>, scores_of_one<ROUNDED, 2>, scores_of_one<ROUNDED, 3>,
+                            scores_of_one<ROUNDED, 4>, scores_of_one<ROUNDED, 5>};  // by tiles
+
+// 16 scores, as numbers.
+template <bool ROUNDED>
+__m512 load_scores(const int32_t *scores) {
+    if constexpr (ROUNDED) return _mm512_cvtepi32_ps(_mm512_load_si512(scores));
+    else return _mm512_load_ps(scores);
+}
+
+template <bool ROUNDED>
+__m512 largest_scores(const int32_t *scores, int64_t count) {
+    if constexpr (ROUNDED) {
+        __m512i even = _mm512_load_si512(scores), odd = _mm512_load_si512(scores + LANES);
+        for (int64_t j = 2; j < count; j += 2) {
+            even = _mm512_max_epi32(even, _mm512_load_si512(scores + j * LANES));
+            odd = _mm512_max_epi32(odd, _mm512_load_si512(scores + (j + 1) * LANES));
+        }
+        return _mm512_cvtepi32_ps(_mm512_max_epi32(even, odd));
+    } else {
+        __m512 largest = _mm512_load_ps(scores);
+        for (int64_t j = 1; j < count; j++) largest = _mm512_max_ps(largest, _mm512_load_ps(scores + j * LANES));
+        return largest;
     }
+}
+
+// Where a score is far above the maximum so far, it is the new one, and what was summed is made smaller.
+template <bool ROUNDED>
+void raise_top(const int32_t *scores, int64_t count, int64_t width, Block &block) {
     const __m512 before = _mm512_load_ps(block.top);
-    __m512 top = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_max_epi32(even, odd)), _mm512_load_ps(block.scale));
+    __m512 top = _mm512_mul_ps(largest_scores<ROUNDED>(scores, count), _mm512_load_ps(block.scale));
     if (!_mm512_cmp_ps_mask(top, _mm512_add_ps(before, _mm512_set1_ps(LATE)), _CMP_GT_OQ)) return;
     top = _mm512_max_ps(top, before);
     const __m512 by = power_of_two(_mm512_sub_ps(before, top));
@@ -151,6 +205,7 @@ void raise_top(const int32_t *scores, int64_t count, int64_t width, Block &block
         _mm512_store_ps(block.sums + d * LANES, _mm512_mul_ps(_mm512_load_ps(block.sums + d * LANES), by));
 }
 
+template <bool ROUNDED>
 struct Weigher {  // scores to weights, 32 keys at a time, in pairs of keys as a tile wants them
     __m512 scale, top, even, odd;
     __m512i order;
@@ -164,7 +219,7 @@ struct Weigher {  // scores to weights, 32 keys at a time, in pairs of keys as a
     }
 
     __m512 weight(const int32_t *scores) const {
-        return power_of_two(_mm512_fmsub_ps(_mm512_cvtepi32_ps(_mm512_load_si512(scores)), scale, top));
+        return power_of_two(_mm512_fmsub_ps(load_scores<ROUNDED>(scores), scale, top));
     }
 
     void operator()(const int32_t *scores, bfloat16 *weights) {
@@ -178,15 +233,15 @@ struct Weigher {  // scores to weights, 32 keys at a time, in pairs of keys as a
     }
 };
 
-// Tiles are named by literals alone, hence macros. FULL tiles of sums are whole; LAST is what is left.
+// FULL tiles of sums are whole; LAST is what is left.
 #define FOR_EACH_FULL(DO) \
     if constexpr (FULL > 0) DO(0) \
     if constexpr (FULL > 1) DO(1) \
     if constexpr (FULL > 2) DO(2) \
     if constexpr (FULL > 3) DO(3) \
     if constexpr (FULL > 4) DO(4)
-#define LOAD_SUM(N) _tile_loadd(N, block.sums + N * LANES * LANES, 64);
-#define STORE_SUM(N) _tile_stored(N, block.sums + N * LANES * LANES, 64);
+#define LOAD_SUM(N) _tile_loadd(N, sums + N * LANES * LANES, 64);
+#define STORE_SUM(N) _tile_stored(N, sums + N * LANES * LANES, 64);
 #define ADD_LAST { _tile_loadd(7, values + FULL * 512, 64); _tile_dpbf16ps(6, 7, 5); }
 #define ADD_BESIDE_LAST(N) { _tile_loadd(4, values + N * 512, 64); _tile_dpbf16ps(N, 4, 5); }
 #define ADD_ALONE(N) { _tile_loadd(6, values + N * 512, 64); _tile_dpbf16ps(N, 6, 7); }
@@ -203,49 +258,69 @@ void add_values(const bfloat16 *weights, const bfloat16 *values) {
     }
 }
 
-template <int FULL, bool LAST>
-void weigh_and_add(const int32_t *scores, const bfloat16 *values, int64_t count, int64_t width, bfloat16 *weights,
-                   Block &block) {
-    Weigher weigh(block);
+// Numbers of values from one on, whose weights are known or, by `weigh`, become known on the way.
+template <int FULL, bool LAST, class Weigh>
+void add_some(const bfloat16 *values, int64_t count, int64_t width, const bfloat16 *weights, float *sums, const Weigh &weigh) {
     FOR_EACH_FULL(LOAD_SUM)
-    if constexpr (LAST) _tile_loadd(6, block.sums + FULL * LANES * LANES, 64);
+    if constexpr (LAST) _tile_loadd(6, sums + FULL * LANES * LANES, 64);
     for (int64_t j = 0; j < count; j += PAIRED) {
         if (j) add_values<FULL, LAST>(weights + (j - PAIRED) * LANES, values + (j - PAIRED) * width);
-        weigh(scores + j * LANES, weights + j * LANES);
+        weigh(j);
     }
     add_values<FULL, LAST>(weights + (count - PAIRED) * LANES, values + (count - PAIRED) * width);
     FOR_EACH_FULL(STORE_SUM)
-    if constexpr (LAST) _tile_stored(6, block.sums + FULL * LANES * LANES, 64);
-    _mm512_store_ps(block.total, _mm512_add_ps(weigh.even, weigh.odd));
+    if constexpr (LAST) _tile_stored(6, sums + FULL * LANES * LANES, 64);
+}
+
+template <bool ROUNDED, int FULL, bool LAST>
+void weigh_and_add(const int32_t *scores, const bfloat16 *values, int64_t count, int64_t width, bfloat16 *weights,
+                   Block &block) {
+    Weigher<ROUNDED> weigher(block);
+    add_some<FULL, LAST>(values, count, width, weights, block.sums,
+                         [&](int64_t j) { weigher(scores + j * LANES, weights + j * LANES); });
+    _mm512_store_ps(block.total, _mm512_add_ps(weigher.even, weigher.odd));
+}
+
+template <int FULL>
+void add_more(const bfloat16 *values, int64_t count, int64_t width, const bfloat16 *weights, Block &block) {
+    add_some<FULL, false>(values + WIDE * PAIRED, count, width, weights, block.sums + WIDE * LANES, [](int64_t) {});
 }
 
 using Sum = void (*)(const int32_t *, const bfloat16 *, int64_t, int64_t, bfloat16 *, Block &);
+template <bool ROUNDED>
 constexpr Sum SUMS[6][2] = {  // by the number of full tiles and whether one is left
-    {nullptr, weigh_and_add<0, true>},
-    {weigh_and_add<1, false>, weigh_and_add<1, true>},
-    {weigh_and_add<2, false>, weigh_and_add<2, true>},
-    {weigh_and_add<3, false>, weigh_and_add<3, true>},
-    {weigh_and_add<4, false>, weigh_and_add<4, true>},
-    {weigh_and_add<5, false>, nullptr},
+    {nullptr, weigh_and_add<ROUNDED, 0, true>},
+    {weigh_and_add<ROUNDED, 1, false>, weigh_and_add<ROUNDED, 1, true>},
+    {weigh_and_add<ROUNDED, 2, false>, weigh_and_add<ROUNDED, 2, true>},
+    {weigh_and_add<ROUNDED, 3, false>, weigh_and_add<ROUNDED, 3, true>},
+    {weigh_and_add<ROUNDED, 4, false>, weigh_and_add<ROUNDED, 4, true>},
+    {weigh_and_add<ROUNDED, 5, false>, nullptr},
 };
+using More = void (*)(const bfloat16 *, int64_t, int64_t, const bfloat16 *, Block &);
+constexpr More MORE[6] = {nullptr, add_more<1>, add_more<2>, add_more<3>, add_more<4>, add_more<5>};  // by full tiles
 
+template <bool ROUNDED>
 void attend(const Shape &s, const Head &head, const float *q, float scale, int64_t first, float *out, void *memory) {
     Room &room = *static_cast<Room *>(memory);
     const int64_t queries = std::min(BLOCKS * LANES, s.queries - first), blocks = (queries + LANES - 1) / LANES;
-    const Sum sum = SUMS[full(s)][rest(s) > 0];
+    const int64_t narrow = std::min(s.width, WIDE), of_key = tiles<ROUNDED>(s);
+    const Sum sum = SUMS<ROUNDED>[full(narrow)][rest(narrow) > 0];
+    const More more = MORE[full(s.width - narrow)];
     for (int64_t b = 0; b < rounded_up(blocks, 2); b++)
-        begin(s, head, q + b * LANES * s.row(), scale, queries - b * LANES, room.blocks[b]);
+        begin<ROUNDED>(s, head, q + b * LANES * s.row(), scale, queries - b * LANES, room.blocks[b]);
     for (int64_t start = 0; start < s.keys; start += CHUNK) {
         const int64_t known = std::min(CHUNK, s.keys - start), count = rounded_up(known, PAIRED);
-        const auto *keys = static_cast<const int8_t *>(head.keys) + start * tiles(s) * 64;
+        const auto *keys = static_cast<const int8_t *>(head.keys) + start * of_key * 64;
         const auto *values = static_cast<const bfloat16 *>(head.values) + start * s.width;
         for (int64_t b = 0; b < blocks; b++) {
             int32_t *scores = room.scores[b % 2];
-            if (tiles(s) == 2) scores_of_one(room.blocks[b], keys, count, scores);
+            if (!ROUNDED || of_key > 1) SCORES<ROUNDED>[of_key - 1](room.blocks[b], keys, count, scores);
             else if (b % 2 == 0) scores_of_two(room.blocks[b], room.blocks[b + 1], keys, count, room);
-            std::fill(scores + known * LANES, scores + count * LANES, INT32_MIN);
-            raise_top(scores, count, s.width, room.blocks[b]);
+            if constexpr (ROUNDED) std::fill(scores + known * LANES, scores + count * LANES, INT32_MIN);
+            else std::fill(reinterpret_cast<float *>(scores) + known * LANES, reinterpret_cast<float *>(scores) + count * LANES, LOWEST);
+            raise_top<ROUNDED>(scores, count, s.width, room.blocks[b]);
             sum(scores, values, count, s.width, room.weights, room.blocks[b]);
+            if (more) more(values, count, s.width, room.weights, room.blocks[b]);
         }
     }
     for (int64_t b = 0; b < blocks; b++) {
@@ -268,5 +343,7 @@ bool usable() {
 
 }  // namespace
 
-const caphuman::Kernel caphuman::amx = {"amx", WIDE, usable, key_bytes, value_bytes, pack, BLOCKS * LANES, room,
-                                        enter, attend, leave};
+const caphuman::Kernel caphuman::amx = {"amx", takes, usable, key_bytes<true>, value_bytes, pack<true>,
+                                        BLOCKS * LANES, room, enter, attend<true>, leave};
+const caphuman::Kernel caphuman::amx_halves = {"amx_halves", takes, usable, key_bytes<false>, value_bytes, pack<false>,
+                                               BLOCKS * LANES, room, enter, attend<false>, leave};

@@ -28,7 +28,7 @@ struct Head {  // one head's keys and values, as a kernel wants them
 
 struct Kernel {  // what differs between instruction sets; q, k, v and out point at a head's first number
     const char *name;
-    int64_t widest;  // the most numbers of a head
+    bool (*takes)(int64_t width);  // whether so many numbers of a head
     bool (*usable)();
     int64_t (*key_bytes)(const Shape &), (*value_bytes)(const Shape &);  // a head's, packed
     void (*pack)(const Shape &, const float *k, const float *center, const float *v, Head &);
@@ -40,6 +40,9 @@ struct Kernel {  // what differs between instruction sets; q, k, v and out point
 };
 
 extern const Kernel amx, avx512, avx2vnni, avx2;
+extern const Kernel amx_halves;  // which rounds queries and keys to bfloat16
+
+inline bool any_width(int64_t width) { return width <= WIDEST; }
 
 inline int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

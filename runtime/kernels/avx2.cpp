@@ -22,5 +22,5 @@ bool usable() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports(
 
 }  // namespace
 
-const caphuman::Kernel caphuman::avx2 = {"avx2", WIDEST, usable, key_bytes, value_bytes, pack, STEP, room,
+const caphuman::Kernel caphuman::avx2 = {"avx2", any_width, usable, key_bytes, value_bytes, pack, STEP, room,
                                          enter, attend, leave};

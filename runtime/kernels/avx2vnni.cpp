@@ -24,5 +24,5 @@ bool usable() {
 
 }  // namespace
 
-const caphuman::Kernel caphuman::avx2vnni = {"avx2vnni", WIDEST, usable, key_bytes, value_bytes, pack, STEP, room,
+const caphuman::Kernel caphuman::avx2vnni = {"avx2vnni", any_width, usable, key_bytes, value_bytes, pack, STEP, room,
                                              enter, attend, leave};

@@ -53,5 +53,5 @@ bool usable() {
 
 }  // namespace
 
-const caphuman::Kernel caphuman::avx512 = {"avx512", WIDEST, usable, key_bytes, value_bytes, pack, STEP, room,
+const caphuman::Kernel caphuman::avx512 = {"avx512", any_width, usable, key_bytes, value_bytes, pack, STEP, room,
                                            enter, attend, leave};

@@ -1,7 +1,6 @@
 // A transformer's feed-forward block, x + W2 (v gelu(g)) with v, g = W1 norm(x), some rows at a time on AMX: what lies
 // between the two products never leaves the core's cache.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <new>
 #include <vector>
@@ -54,18 +53,7 @@ void some_rows(const FeedForward &f, int64_t first, int64_t count, int8_t *norme
                  const __m512 g = scaled(of[1][row % HALF], inner + 2 * f.hidden, inner + 3 * f.hidden);
                  store_rounded(_mm512_mul_ps(v, gelu(g)), place(hidden, f.hidden, block * BLOCK + row, panel * HALF));
              });
-    multiply(hidden, blocks, f.second, f.width / BLOCK, f.hidden,
-             [&](const Sums &sums, int64_t block, int64_t panel, int64_t row) {
-                 const int64_t i = block * BLOCK + row, at = (first + i) * f.width + panel * BLOCK;
-                 if (i >= count) return;
-                 const auto &of = sums.of[row / HALF];
-                 const float *outer = f.outer + panel * BLOCK;
-                 const __m512 low = scaled(of[0][row % HALF], outer, outer + f.width);
-                 const __m512 high = scaled(of[1][row % HALF], outer + HALF, outer + f.width + HALF);
-                 const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_add_ps(high, sixteen(f.x + at + HALF)),
-                                                           _mm512_add_ps(low, sixteen(f.x + at)));
-                 _mm512_storeu_si512(f.out + at, (__m512i)both);
-             });
+    multiply_and_add(hidden, count, f.second, f.hidden, f.width, f.outer, f.x + first * f.width, f.out + first * f.width);
 }
 
 }  // namespace
@@ -83,13 +71,14 @@ EXPORTED int caphuman_feed_forward(const bfloat16 *x, int64_t rows, int64_t widt
         const int64_t step = BLOCK * std::min(share, MOST_BLOCKS);
         std::vector<Memory> rooms;
         for (int i = 0; i < threads; i++) rooms.push_back(allocated(step * (width + hidden)));
-        std::atomic<int64_t> next{0};
+        Stage stage;
         on_threads(threads, [&](int i) {
             auto *normed = reinterpret_cast<int8_t *>(rooms[i].get());
             std::memset(normed, 0, step * width);  // rows that are none
             use_whole_tiles();
-            for (int64_t first; (first = step * next++) < rows;)
-                some_rows(f, first, std::min(step, rows - first), normed, normed + step * width);
+            stage.work((rows + step - 1) / step, [&](int64_t part) {
+                some_rows(f, part * step, std::min(step, rows - part * step), normed, normed + step * width);
+            });
             _tile_release();
         });
         return 0;

@@ -95,6 +95,23 @@ inline void multiply(const int8_t *rows, int64_t blocks, const int8_t *weights, 
     for (int64_t row = 0; row < BLOCK; row++) finish(sums[turn ^ 1], block_before, panel_before, row);
 }
 
+// x + scale (rows weights) + shift, of rows of bfloat16.
+inline void multiply_and_add(const int8_t *rows, int64_t count, const int8_t *weights, int64_t inputs, int64_t outputs,
+                             const float *affine, const bfloat16 *x, bfloat16 *out) {
+    multiply(rows, (count + BLOCK - 1) / BLOCK, weights, outputs / BLOCK, inputs,
+             [=](const Sums &sums, int64_t block, int64_t panel, int64_t row) {
+                 const int64_t i = block * BLOCK + row, column = panel * BLOCK, at = i * outputs + column;
+                 if (i >= count) return;
+                 const auto &of = sums.of[row / HALF];
+                 const float *scale = affine + column, *shift = scale + outputs;
+                 const __m512 low = scaled(of[0][row % HALF], scale, shift);
+                 const __m512 high = scaled(of[1][row % HALF], scale + HALF, shift + HALF);
+                 const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_add_ps(high, sixteen(x + at + HALF)),
+                                                           _mm512_add_ps(low, sixteen(x + at)));
+                 _mm512_storeu_si512(out + at, (__m512i)both);
+             });
+}
+
 // A row's layer norm (Ba et al. 2016), rounded; gamma and beta are in steps of int8.
 inline void layer_norm(const bfloat16 *x, const float *gamma, const float *beta, float epsilon, int64_t width,
                        int64_t row, int8_t *rows) {

@@ -3,7 +3,9 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <functional>
 #include <mutex>
 #include <system_error>
@@ -88,6 +90,19 @@ inline Threads *&threads_here() {
     }();
     return found;
 }
+
+// Items of which each thread takes the next, until all are done.
+class Stage {
+  public:
+    template <class Each>
+    void work(int64_t count, const Each &each) {
+        for (int64_t i; (i = next++) < count; done++) each(i);
+        while (done < count) std::this_thread::yield();
+    }
+
+  private:
+    std::atomic<int64_t> next{0}, done{0};
+};
 
 inline void on_threads(int threads, const Threads::Work &work) { threads_here()->run(threads, work); }
 
