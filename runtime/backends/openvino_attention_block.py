@@ -20,8 +20,8 @@ class AttentionBlock(OwnNode):
 
     class_type_info = openvino.DiscreteTypeInfo("AttentionBlock", "caphuman")
 
-    def __init__(self, inputs: Any = None, heads: int = 1, scale: float = 1.0, rounded: bool = False, steps: float = 1.0,
-                 epsilon: float = 0.0, threads: int = 1) -> None:
+    def __init__(self, inputs: Any = None, heads: int = 1, scale: float = 1.0, rounded: bool = False,
+                 steps: float = 1.0, epsilon: float = 0.0, threads: int = 1) -> None:
         super().__init__(inputs, {"heads": heads, "scale": scale, "rounded": rounded, "steps": steps,
                                   "epsilon": epsilon, "threads": threads})
 

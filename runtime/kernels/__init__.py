@@ -50,8 +50,8 @@ def attention(
     arrays, width = (q, k, v, out), q.shape[2] // heads
     if library is None or kernel not in library.caphuman_attention_kernels().decode().split():
         raise BadInput(f"attention kernel {kernel!r} does not run here; choose from {', '.join(attention_kernels())}")
-    if (q.shape[2] % heads or not takes_heads(kernel, width) or out.shape != q.shape or k.shape != v.shape or 0 in k.shape
-            or 0 in q.shape or (k.shape[0], k.shape[2]) != (q.shape[0], q.shape[2])
+    if (q.shape[2] % heads or not takes_heads(kernel, width) or out.shape != q.shape or k.shape != v.shape
+            or 0 in k.shape or 0 in q.shape or (k.shape[0], k.shape[2]) != (q.shape[0], q.shape[2])
             or not all(array.flags.c_contiguous for array in arrays)):
         raise BadInput(f"attention of {q.shape}, {k.shape}, {v.shape} in {heads} heads does not fit kernel {kernel}; "
                        "pass whole arrays of equal batch and width, and narrower heads")

@@ -1,4 +1,4 @@
-"""Blocks of transformers on Intel's matrix unit (AMX), from one layer norm to the sum: int8 between, bfloat16 outside."""
+"""Blocks of transformers on Intel's matrix unit (AMX), from a layer norm to a sum: int8 between, bfloat16 outside."""
 import numpy as np
 from jaxtyping import Float16, Float32, Int8
 
@@ -44,10 +44,10 @@ def attention_block(
 ) -> None:
     """Write x + last(softmax(q k' scale) v), with q, k, v = first(layer norm of x), into `out`, on AMX.
 
-    `known`: keys and values that are given; then `first` makes queries alone. `rounded`: queries and keys are rounded to
-    int8 as by `attention`, otherwise to bfloat16. `steps`: of the int8 that attention's results are rounded to, in 1. The
-    rest as of `feed_forward`, weights by `panels`. Raises BadInput for arrays that do not fit or a CPU without AMX,
-    MemoryError.
+    `known`: keys and values that are given; then `first` makes queries alone. `rounded`: queries and keys are rounded
+    to int8 as by `attention`, otherwise to bfloat16. `steps`: of the int8 that attention's results are rounded to, in
+    1. The rest as of `feed_forward`, weights by `panels`. Raises BadInput for arrays that do not fit or a CPU without
+    AMX, MemoryError.
     """
     library, (batch, tokens, width) = compiled(), x.shape
     outputs = width if known else 3 * width
@@ -74,14 +74,14 @@ def attention_block(
 def panels(weights: Int8[np.ndarray, "k n"]) -> Int8[np.ndarray, "n/32 k/64 2 16 16 4"]:
     """Weights as AMX wants them: panels of 32 columns, of which a tile holds 64 numbers of 16."""
     tiles = _tiles(weights)
-    return np.stack([tiles[::2], tiles[1::2]], axis=2)
+    return np.ascontiguousarray(np.stack([tiles[::2], tiles[1::2]], axis=2))
 
 
 def gated_panels(
     values: Int8[np.ndarray, "k n"], gates: Int8[np.ndarray, "k n"],
 ) -> Int8[np.ndarray, "n/16 k/64 2 16 16 4"]:
     """The same of 16 columns of one and the same 16 of the other."""
-    return np.stack([_tiles(values), _tiles(gates)], axis=2)
+    return np.ascontiguousarray(np.stack([_tiles(values), _tiles(gates)], axis=2))
 
 
 def _tiles(weights: Int8[np.ndarray, "k n"]) -> Int8[np.ndarray, "n/16 k/64 16 16 4"]:

@@ -6,9 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from caphuman_edge.runtime import kernels
 from caphuman_edge.runtime.errors import BadInput
-from caphuman_edge.runtime.kernels import attention, attention_kernels, group_norm, takes_heads
+from caphuman_edge.runtime.kernels import ISA_LIMIT, attention, attention_kernels, group_norm, library, takes_heads
 
 HERE = attention_kernels()
 ROUNDING = 0.04  # what int8 queries and keys may cost, of the spread of what comes out
@@ -36,13 +35,14 @@ def found_by(kernel, q, k, v, heads, scale, threads=2):
 def test_kernels_are_compiled_where_a_compiler_is():
     if sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which("g++") is None:
         pytest.skip("kernels are for x86 on Linux, and want a compiler")
-    assert kernels._library() is not None, "pip says why with -v"
+    assert library.compiled() is not None, "pip says why with -v"
 
 
 @pytest.mark.parametrize("kernel", HERE)
 @pytest.mark.parametrize("lengths", [
     (1, 64, 128, 2, 40), (2, 100, 77, 3, 40), (1, 70, 600, 2, 80), (1, 33, 1, 2, 16), (1, 1, 130, 1, 8),
-    (2, 50, 300, 2, 72), (1, 17, 65, 3, 30), (1, 20, 129, 1, 50), (1, 5, 3, 1, 1), (2, 70, 200, 2, 160), (1, 30, 40, 3, 96)])
+    (2, 50, 300, 2, 72), (1, 17, 65, 3, 30), (1, 20, 129, 1, 50), (1, 5, 3, 1, 1),
+    (2, 70, 200, 2, 160), (1, 30, 40, 3, 96)])
 def test_a_kernel_computes_attention(kernel, lengths):
     q, k, v = random_rows(*lengths)
     heads, scale = lengths[3], lengths[4] ** -0.5
@@ -131,24 +131,24 @@ def test_an_unknown_kernel_is_refused():
     ("AVX512_CORE_AMX", "amx"), ("ALL", "amx"), ("AVX512_CORE_BF16", "avx512"), ("AVX512_CORE_VNNI", "avx512"),
     ("avx2_vnni_2", "avx2vnni"), ("AVX2", "avx2"), ("AVX512_CORE", None), ("SSE41", None)])
 def test_who_holds_back_the_cpu_holds_back_its_kernels(monkeypatch, limit, first):
-    monkeypatch.setenv(kernels.ISA_LIMIT, limit)
+    monkeypatch.setenv(ISA_LIMIT, limit)
     found = attention_kernels()
     wanted = HERE if first == "amx" else HERE[HERE.index(first):] if first in HERE else ()
     assert found == wanted
 
 
 def test_without_a_library_there_are_no_kernels(monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "__init__.py"))
-    kernels._library.cache_clear()
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    library.compiled.cache_clear()
     try:
         assert attention_kernels() == () and not takes_heads("avx2", 40)
-        broken = tmp_path / f"_kernels{kernels.importlib.machinery.EXTENSION_SUFFIXES[0]}"
+        broken = tmp_path / f"_kernels{library.importlib.machinery.EXTENSION_SUFFIXES[0]}"
         broken.write_bytes(b"of another machine")
-        kernels._library.cache_clear()
+        library.compiled.cache_clear()
         assert attention_kernels() == ()
     finally:
         monkeypatch.undo()
-        kernels._library.cache_clear()
+        library.compiled.cache_clear()
 
 
 def normed(x, gamma, beta, groups, epsilon, silu, steps):
@@ -167,7 +167,7 @@ def as_bfloat16(x):
     return (bits << 16).view(np.float32), bits.astype(np.uint16).view(np.float16)
 
 
-needs_library = pytest.mark.skipif(kernels._library() is None, reason="no kernel was compiled for this machine")
+needs_library = pytest.mark.skipif(library.compiled() is None, reason="no kernel was compiled for this machine")
 
 
 @needs_library
