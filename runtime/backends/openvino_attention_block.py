@@ -29,8 +29,9 @@ class AttentionBlock(OwnNode):
         self.set_output_type(0, openvino.Type.bf16, self.get_input_partial_shape(0))
 
     def evaluate(self, outputs: Any, inputs: Any) -> bool:
-        arrays = [tensor.data for tensor in inputs]
-        attention_block(*arrays[:6], tuple(arrays[6:]) or None, outputs[0].data, **self._settings)
+        x, norm, first, inner, last, outer, *others = (tensor.data for tensor in inputs)
+        known = (others[0], others[1]) if others else None
+        attention_block(x, norm, first, inner, last, outer, known, outputs[0].data, **self._settings)
         return True
 
 
@@ -69,14 +70,13 @@ def _replace(sum_: Node, x: Value, block: _Block, threads: int) -> None:
 def _block(x: Value, branch: Value) -> _Block | None:
     """What is added to x, if it is such a block of x."""
     last = linear(branch)
-    heads = last and x.get_partial_shape().is_static and heads_of(last.rows.source.get_node())
-    if not heads or not takes_heads(AMX, heads.width):
+    heads = heads_of(last.rows.source.get_node()) if last and x.get_partial_shape().is_static else None
+    queries = linear(heads.q) if heads and takes_heads(AMX, heads.width) else None
+    norm = layer_norm(queries.rows.source, x) if queries else None
+    if last is None or heads is None or queries is None or norm is None:
         return None
-    queries, keys, values = map(linear, (heads.q, heads.k, heads.v))
-    norm = queries and layer_norm(queries.rows.source, x)
-    if not norm:
-        return None
-    of_x = [layer for layer in (keys, values) if layer and same(layer.rows.source, queries.rows.source)]
+    others = map(linear, (heads.k, heads.v))
+    of_x = [layer for layer in others if layer and same(layer.rows.source, queries.rows.source)]
     first = [queries, *of_x] if len(of_x) == 2 else [queries]
     fits = all(layer.fits() and layer.weights.shape == last.weights.shape for layer in (*first, last))
     return _Block(norm, first, heads, last) if fits else None

@@ -23,7 +23,8 @@ class FeedForward(OwnNode):
         self.set_output_type(0, openvino.Type.bf16, self.get_input_partial_shape(0))
 
     def evaluate(self, outputs: Any, inputs: Any) -> bool:
-        feed_forward(*(tensor.data for tensor in inputs), outputs[0].data, **self._settings)
+        x, norm, first, inner, second, outer = (tensor.data for tensor in inputs)
+        feed_forward(x, norm, first, inner, second, outer, outputs[0].data, **self._settings)
         return True
 
 

@@ -68,9 +68,9 @@ def array_of(value: Value) -> np.ndarray | None:
         found = array_of(node.input_value(0))
         return None if found is None else found.reshape(value.get_shape())
     if node.get_type_name() == "Multiply":
-        one = array_of(node.input_value(0))
-        two = None if one is None else array_of(node.input_value(1))
-        return None if two is None else one.astype(np.float32) * two
+        if (one := array_of(node.input_value(0))) is None or (two := array_of(node.input_value(1))) is None:
+            return None
+        return one.astype(np.float32) * two
     return node.data if node.get_type_name() == "Constant" else None
 
 

@@ -13,18 +13,15 @@
 #include <cmath>
 #include <cstring>
 
+#include "amx_tiles.h"
 #include "avx512_math.h"
-
-#pragma GCC target("amx-tile,amx-int8,amx-bf16,avx512bf16")
 
 namespace {
 
 using namespace caphuman;
-using bfloat16 = uint16_t;
 
 constexpr int64_t LANES = 16, PAIRED = 32, CHUNK = 128, BLOCKS = 4;  // keys: PAIRED a tile of weights
 constexpr int64_t WIDE = 80, MOST_TILES = 5;  // numbers that are summed at once; tiles of 16 queries
-constexpr int64_t TILE = 1024;                // bytes
 constexpr float LEAST_SCALE = 0x1p-24f;  // with which INT32_MIN, the score of a key that is none, has no weight
 constexpr float LATE = 8;  // powers of two by which the maximum may be out of date: bfloat16 does not mind
 
@@ -92,17 +89,8 @@ struct Room {
     Block blocks[BLOCKS];
 };
 
-// Tiles 6 and 7 are for the last, narrower ones of values; all others are whole.
-void enter(const Shape &s) {
-    struct alignas(64) {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    if (rest(s.width)) config.rows[6] = config.rows[7] = uint8_t(rest(s.width));
-    asm volatile("" ::"r"(&config) : "memory");  // GCC takes the first bytes alone for what is read
-    _tile_loadconfig(&config);
-}
+// Tiles 6 and 7 are for the last, narrower ones of values.
+void enter(const Shape &s) { use_tiles(rest(s.width) ? uint8_t(rest(s.width)) : uint8_t(LANES)); }
 
 void leave() { _tile_release(); }
 
@@ -260,7 +248,8 @@ void add_values(const bfloat16 *weights, const bfloat16 *values) {
 
 // Numbers of values from one on, whose weights are known or, by `weigh`, become known on the way.
 template <int FULL, bool LAST, class Weigh>
-void add_some(const bfloat16 *values, int64_t count, int64_t width, const bfloat16 *weights, float *sums, const Weigh &weigh) {
+void add_some(const bfloat16 *values, int64_t count, int64_t width, const bfloat16 *weights, float *sums,
+              const Weigh &weigh) {
     FOR_EACH_FULL(LOAD_SUM)
     if constexpr (LAST) _tile_loadd(6, sums + FULL * LANES * LANES, 64);
     for (int64_t j = 0; j < count; j += PAIRED) {
@@ -316,8 +305,9 @@ void attend(const Shape &s, const Head &head, const float *q, float scale, int64
             int32_t *scores = room.scores[b % 2];
             if (!ROUNDED || of_key > 1) SCORES<ROUNDED>[of_key - 1](room.blocks[b], keys, count, scores);
             else if (b % 2 == 0) scores_of_two(room.blocks[b], room.blocks[b + 1], keys, count, room);
-            if constexpr (ROUNDED) std::fill(scores + known * LANES, scores + count * LANES, INT32_MIN);
-            else std::fill(reinterpret_cast<float *>(scores) + known * LANES, reinterpret_cast<float *>(scores) + count * LANES, LOWEST);
+            int32_t none = INT32_MIN;
+            if constexpr (!ROUNDED) std::memcpy(&none, &LOWEST, sizeof none);
+            std::fill(scores + known * LANES, scores + count * LANES, none);
             raise_top<ROUNDED>(scores, count, s.width, room.blocks[b]);
             sum(scores, values, count, s.width, room.weights, room.blocks[b]);
             if (more) more(values, count, s.width, room.weights, room.blocks[b]);

@@ -1,8 +1,9 @@
 // A transformer's attention block on AMX, x + W (attention of norm(x)), from one norm to the sum: of x to itself, or to keys
 // and values that are given.
 #include <algorithm>
-#include <cmath>
+#include <cstring>
 #include <new>
+#include <vector>
 
 #include "exported.h"
 #include "heads.h"
@@ -13,8 +14,6 @@
 namespace {
 
 using namespace caphuman;
-
-constexpr int64_t MOST_BLOCKS = 4;  // at once
 
 struct AttentionBlock {
     const bfloat16 *x;
@@ -74,22 +73,19 @@ EXPORTED int caphuman_attention_block(const bfloat16 *x, int64_t batch, int64_t 
         const AttentionBlock block = {x, rows, width, norm, first, kinds * width, inner, q, last, outer, steps, epsilon, out};
         Heads all(rounded ? amx : amx_halves, {batch, tokens, keys ? known : tokens, heads, width / heads}, q,
                   keys ? keys : q + rows * width, keys ? values : q + 2 * rows * width, q, scale, threads);
-        const int64_t blocks = (rows + BLOCK - 1) / BLOCK, share = (blocks + threads - 1) / threads;
-        const int64_t step = BLOCK * std::min(share, MOST_BLOCKS), parts = (rows + step - 1) / step;
+        const Parts parts(rows, threads);
         std::vector<Memory> rooms;
-        for (int i = 0; i < threads; i++) rooms.push_back(allocated(step * width));
+        for (int i = 0; i < threads; i++) rooms.push_back(allocated(parts.step * width));
         Stage projecting, adding;
         on_threads(threads, [&](int i) {
             auto *room = reinterpret_cast<int8_t *>(rooms[i].get());
-            std::memset(room, 0, step * width);  // rows that are none
-            use_whole_tiles();
-            projecting.work(parts, [&](int64_t part) {
-                block.project(part * step, std::min(step, rows - part * step), room);
-            });
+            std::memset(room, 0, parts.step * width);  // rows that are none
+            use_tiles();
+            projecting.work(parts.count(), [&](int64_t part) { block.project(parts.first(part), parts.size(part), room); });
             _tile_release();
             all.work(i);
-            use_whole_tiles();
-            adding.work(parts, [&](int64_t part) { block.add(part * step, std::min(step, rows - part * step), room); });
+            use_tiles();
+            adding.work(parts.count(), [&](int64_t part) { block.add(parts.first(part), parts.size(part), room); });
             _tile_release();
         });
         return 0;

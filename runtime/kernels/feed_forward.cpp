@@ -1,7 +1,7 @@
 // A transformer's feed-forward block, x + W2 (v gelu(g)) with v, g = W1 norm(x), some rows at a time on AMX: what lies
 // between the two products never leaves the core's cache.
 #include <algorithm>
-#include <cmath>
+#include <cstring>
 #include <new>
 #include <vector>
 
@@ -14,8 +14,6 @@
 namespace {
 
 using namespace caphuman;
-
-constexpr int64_t MOST_BLOCKS = 4;  // at once
 
 struct FeedForward {
     const bfloat16 *x;
@@ -67,17 +65,16 @@ EXPORTED int caphuman_feed_forward(const bfloat16 *x, int64_t rows, int64_t widt
     try {
         const FeedForward f = {x, rows, width, hidden, norm, first, inner, second, outer, epsilon, out};
         threads = std::max(threads, 1);
-        const int64_t blocks = (rows + BLOCK - 1) / BLOCK, share = (blocks + threads - 1) / threads;
-        const int64_t step = BLOCK * std::min(share, MOST_BLOCKS);
+        const Parts parts(rows, threads);
         std::vector<Memory> rooms;
-        for (int i = 0; i < threads; i++) rooms.push_back(allocated(step * (width + hidden)));
+        for (int i = 0; i < threads; i++) rooms.push_back(allocated(parts.step * (width + hidden)));
         Stage stage;
         on_threads(threads, [&](int i) {
             auto *normed = reinterpret_cast<int8_t *>(rooms[i].get());
-            std::memset(normed, 0, step * width);  // rows that are none
-            use_whole_tiles();
-            stage.work((rows + step - 1) / step, [&](int64_t part) {
-                some_rows(f, part * step, std::min(step, rows - part * step), normed, normed + step * width);
+            std::memset(normed, 0, parts.step * width);  // rows that are none
+            use_tiles();
+            stage.work(parts.count(), [&](int64_t part) {
+                some_rows(f, parts.first(part), parts.size(part), normed, normed + parts.step * width);
             });
             _tile_release();
         });

@@ -4,36 +4,34 @@
 // by side, each of 64 numbers x 16 columns, four numbers of a column together. A block of 32 rows times a panel gives
 // four tiles of sums, which the unit reaches with one load a product.
 #pragma once
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 
+#include "amx_tiles.h"
 #include "avx512_math.h"
 #include "memory.h"
-
-#pragma GCC target("amx-tile,amx-int8,amx-bf16,avx512bf16")
 
 namespace {
 
 using caphuman::LINE;
-using bfloat16 = uint16_t;
-
 constexpr int64_t DEPTH = 64, HALF = 16, BLOCK = 32;  // numbers of a row in a tile; rows of a tile, and of a block
-constexpr int64_t TILE = 1024;                        // bytes
+constexpr int64_t MOST_BLOCKS = 4;                    // of a part: with its weights it stays in a core's cache
 
 struct Sums {  // of a block and a panel, by the halves of both
     alignas(64) int32_t of[2][2][HALF][HALF];
 };
 
-// All tiles whole.
-inline void use_whole_tiles() {
-    struct alignas(64) {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    asm volatile("" ::"r"(&config) : "memory");  // GCC takes the first bytes alone for what is read
-    _tile_loadconfig(&config);
-}
+// Rows in parts of a few blocks, for threads to share.
+struct Parts {
+    const int64_t rows, step;
+
+    Parts(int64_t rows, int64_t threads)
+        : rows(rows), step(BLOCK * std::clamp<int64_t>((rows + BLOCK * threads - 1) / (BLOCK * threads), 1, MOST_BLOCKS)) {}
+
+    int64_t count() const { return (rows + step - 1) / step; }
+    int64_t first(int64_t part) const { return part * step; }
+    int64_t size(int64_t part) const { return std::min(step, rows - part * step); }
+};
 
 // Where a number lies in rows kept as tiles.
 inline int8_t *place(int8_t *rows, int64_t inputs, int64_t row, int64_t number) {

@@ -1,7 +1,9 @@
 """Our own kernels against the same in numpy, in double precision."""
+import multiprocessing
 import platform
 import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -98,6 +100,26 @@ def test_threads_change_nothing(kernel):
     one = found_by(kernel, q, k, v, 3, 0.2, threads=1)
     for threads in (2, 3, 7):
         np.testing.assert_array_equal(found_by(kernel, q, k, v, 3, 0.2, threads=threads), one)
+
+
+@pytest.mark.parametrize("kernel", HERE)
+def test_several_callers_at_once_get_what_each_would_alone(kernel):
+    """Threads are shared: who finds them at work computes alone."""
+    calls = [random_rows(1, 150, 200, 3, 40, seed) for seed in range(12)]
+    alone = [found_by(kernel, *rows, 3, 0.2) for rows in calls]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda rows: found_by(kernel, *rows, 3, 0.2), calls))
+    np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.skipif(not HERE, reason="no kernel was compiled for this machine")
+def test_a_forked_process_computes_too():
+    """It has none of its parent's threads."""
+    rows = random_rows(1, 150, 200, 3, 40)
+    found_by(HERE[0], *rows, 3, 0.2)  # here threads are started
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        there = pool.submit(found_by, HERE[0], *rows, 3, 0.2).result(timeout=60)
+    np.testing.assert_array_equal(there, found_by(HERE[0], *rows, 3, 0.2))
 
 
 @pytest.mark.parametrize("kernel", HERE)
