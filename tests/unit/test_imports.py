@@ -19,11 +19,9 @@ OURS = {
     "quant": ("quant", "export", "ref", "runtime", "shaders"),
 }
 BASE = {"numpy", "PIL", "jaxtyping"}
-LAZY = {"runtime/backends/ort.py": {"onnxruntime"}, "runtime/backends/openvino.py": {"openvino"},
-        "runtime/backends/openvino_attention.py": {"openvino"}, "runtime/backends/openvino_graph.py": {"openvino"},
-        "runtime/backends/openvino_norm.py": {"openvino"},
-        "runtime/backends/openvino_halves.py": {"openvino"},
-        "runtime/backends/coreml.py": {"coremltools"},
+OPENVINO = (ROOT / "runtime" / "backends").glob("openvino*.py")
+LAZY = {**{path.relative_to(ROOT).as_posix(): {"openvino"} for path in OPENVINO},
+        "runtime/backends/ort.py": {"onnxruntime"}, "runtime/backends/coreml.py": {"coremltools"},
         "runtime/render/gl.py": {"moderngl"}, "runtime/perception/insight.py": {"insightface"},
         "runtime/cli/batch_ray.py": {"ray"}}
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "coremltools", "moderngl", "scipy", "skimage", "cv2", "ray")
