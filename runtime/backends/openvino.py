@@ -20,8 +20,9 @@ from ..manifest import check_graph
 from ..pages import Range, dropping_pages, give_back, mapped_under
 from . import ANY_DEVICE, FAST, Arrays, Graph, Shapes, check_choice, check_threads, chosen_device
 from .openvino_attention import Attention, Kernel, kernel_here, use_attention
-from .openvino_attention_block import AttentionBlock, use_attention_block
-from .openvino_feed_forward import FeedForward, use_feed_forward
+from .openvino_attention_block import AttentionBlock, attention_block_of
+from .openvino_blocks import use_blocks
+from .openvino_feed_forward import FeedForward, feed_forward_of
 from .openvino_halves import halves
 from .openvino_norm import GroupNorm, use_group_norm
 
@@ -186,8 +187,7 @@ class _File:
         model.reshape(shapes or {})
         if self.kernel:
             if self.kernel.name == AMX:
-                use_feed_forward(model, self.kernel.threads)
-                use_attention_block(model, self.kernel.threads)
+                use_blocks(model, (feed_forward_of, attention_block_of), self.kernel.threads)
             use_attention(model, self.kernel)
             use_group_norm(model, self.config["INFERENCE_PRECISION_HINT"] == "bf16", self.kernel.threads)
         return model, mapped_under(self.path.parent) - before

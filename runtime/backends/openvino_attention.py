@@ -9,8 +9,8 @@ from .openvino_graph import (
     Node,
     OwnNode,
     Value,
+    factor_of,
     int8_steps,
-    number_of,
     order_of,
     producer,
     take_the_place,
@@ -103,13 +103,8 @@ def _unrounded(node: Node) -> _Unrounded | None:
     """Where a product's side comes from, before it was scaled and, perhaps, rounded to int8."""
     scale, rounded = 1.0, False
     while (kind := node.get_type_name()) in ("FakeQuantize", *ALONE):
-        if kind == "FakeQuantize":
-            factor, rounded = int8_steps(node), True
-        elif kind == "Convert":
-            factor = 1.0
-        else:
-            number = number_of(node.input_value(1))
-            factor = number if kind == "Multiply" else 1.0 if number == 0 else None
+        rounded = rounded or kind == "FakeQuantize"
+        factor = int8_steps(node) if kind == "FakeQuantize" else factor_of(node)
         if factor is None:
             return None
         scale, node = scale * factor, producer(node)

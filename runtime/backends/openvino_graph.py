@@ -80,6 +80,22 @@ def number_of(value: Value) -> float | None:
     return float(found.item()) if found is not None and found.size == 1 else None
 
 
+def factor_of(node: Node) -> float | None:
+    """By which number a node of `ALONE` multiplies all that it reads; None if it does something else."""
+    if node.get_type_name() == "Convert":
+        return 1.0
+    number = number_of(node.input_value(1))
+    return number if node.get_type_name() == "Multiply" else 1.0 if number == 0 else None
+
+
+def is_norm(node: Node) -> bool:
+    """Whether it divides by the root of variance and epsilon."""
+    if node.get_type_name() != "MVN":
+        return False
+    attributes = node.get_attributes()
+    return bool(attributes["normalize_variance"] and attributes["eps_mode"] == "INSIDE_SQRT")
+
+
 def int8_steps(rounding: Node) -> float | None:
     """How many of a FakeQuantize's steps are 1, if it rounds to int8 and 0 stays 0; None if not."""
     numbers = [number for number in map(number_of, rounding.input_values()[1:]) if number is not None]
@@ -102,12 +118,9 @@ def rounded(value: Value) -> Rounded | None:
     """Where numbers come from, if they were rounded to int8 and multiplied by one number afterwards."""
     node, scale = value.get_node(), 1.0
     while (kind := node.get_type_name()) in ALONE:
-        if kind != "Convert":
-            number = number_of(node.input_value(1))
-            if number is None or (kind == "Subtract" and number != 0):
-                return None
-            scale *= number if kind == "Multiply" else 1.0
-        node = producer(node)
+        if (factor := factor_of(node)) is None:
+            return None
+        scale, node = scale * factor, producer(node)
     steps = int8_steps(node) if kind == "FakeQuantize" else None
     return None if steps is None else Rounded(node.input_value(0), steps, scale)
 

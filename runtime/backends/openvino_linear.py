@@ -4,7 +4,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..kernels.blocks import DEPTH
-from .openvino_graph import Node, Rounded, Value, array_of, number_of, rounded, same, sides
+from .openvino_graph import Node, Rounded, Value, array_of, is_norm, number_of, rounded, same, sides
 
 
 class Linear(NamedTuple):
@@ -12,8 +12,7 @@ class Linear(NamedTuple):
 
     rows: Rounded
     weights: np.ndarray  # int8, inputs x outputs
-    scale: np.ndarray  # of each output, float32
-    shift: np.ndarray
+    affine: np.ndarray  # scale and shift of each output, float32
 
     def fits(self) -> bool:
         """Whether the matrix unit takes it whole."""
@@ -21,8 +20,7 @@ class Linear(NamedTuple):
 
 
 class LayerNorm(NamedTuple):
-    gamma: np.ndarray  # of each channel, float32
-    beta: np.ndarray
+    affine: np.ndarray  # gamma and beta of each channel, float32
     epsilon: float
 
 
@@ -42,7 +40,7 @@ def linear(value: Value) -> Linear | None:
     numbers, factors = weights
     outputs = numbers.shape[1]
     shift = np.zeros(outputs, np.float32) if added is None else _of_each(added, outputs)
-    return Linear(rows, numbers, _of_each(factors, outputs) * np.float32(rows.scale), shift)
+    return Linear(rows, numbers, np.stack([_of_each(factors, outputs) * np.float32(rows.scale), shift]))
 
 
 def layer_norm(rows: Value, x: Value) -> LayerNorm | None:
@@ -52,20 +50,18 @@ def layer_norm(rows: Value, x: Value) -> LayerNorm | None:
             beta, gamma, mvn = array_of(shift), array_of(factor), normal.get_node()
             if beta is not None and gamma is not None and _is_of_rows(mvn, x):
                 width = x.get_shape()[-1]
-                return LayerNorm(_of_each(gamma, width), _of_each(beta, width), mvn.get_attributes()["eps"])
+                return LayerNorm(np.stack([_of_each(gamma, width), _of_each(beta, width)]), mvn.get_attributes()["eps"])
     return None
 
 
 def _is_of_rows(mvn: Node, x: Value) -> bool:
     """Whether a node normalises the rows of x."""
-    if mvn.get_type_name() != "MVN" or not same(mvn.input_value(0), x):
+    if not is_norm(mvn) or not same(mvn.input_value(0), x):
         return False
-    attributes, axes = mvn.get_attributes(), mvn.input_value(1).get_node()
+    axes = mvn.input_value(1).get_node()
     if axes.get_type_name() == "Range":
-        last = [number_of(value) for value in axes.input_values()] == [-1, 0, 1]
-    else:
-        last = array_of(mvn.input_value(1)) in ([-1], [len(x.get_shape()) - 1])
-    return bool(last and attributes["normalize_variance"] and attributes["eps_mode"] == "INSIDE_SQRT")
+        return [number_of(value) for value in axes.input_values()] == [-1, 0, 1]
+    return array_of(mvn.input_value(1)) in ([-1], [len(x.get_shape()) - 1])
 
 
 def _of_each(numbers: np.ndarray, count: int) -> np.ndarray:

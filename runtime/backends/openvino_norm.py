@@ -11,8 +11,10 @@ from .openvino_graph import (
     Node,
     OwnNode,
     array_of,
+    constants,
+    factor_of,
     int8_steps,
-    number_of,
+    is_norm,
     only_reader,
     order_of,
     producer,
@@ -47,7 +49,7 @@ class GroupNorm(OwnNode):
 def use_group_norm(model: openvino.Model, halves: bool, threads: int) -> None:
     """Replace each group norm of a large map that is rounded to int8. `halves`: maps are computed in bfloat16."""
     for node in model.get_ordered_ops():
-        if node.get_type_name() == "MVN":
+        if is_norm(node):
             _replace(node, halves, threads)
     model.validate_nodes_and_infer_types()
 
@@ -58,9 +60,7 @@ def _replace(mvn: Node, halves: bool, threads: int) -> None:
     if view.get_type_name() != "Reshape" or not view.get_output_partial_shape(0).is_static:
         return
     image, grouped = view.input_value(0), view.get_output_shape(0)
-    attributes = mvn.get_attributes()
-    if not (len(image.get_shape()) == 4 and len(grouped) == 3 and array_of(mvn.input_value(1)) == [2]
-            and attributes["normalize_variance"] and attributes["eps_mode"] == "INSIDE_SQRT"):
+    if not (len(image.get_shape()) == 4 and len(grouped) == 3 and array_of(mvn.input_value(1)) == [2]):
         return
     batch, channels, height, width = image.get_shape()
     affine = _affine(mvn, grouped[1], channels)
@@ -76,8 +76,8 @@ def _replace(mvn: Node, halves: bool, threads: int) -> None:
     maps = op.transpose(image, op.constant(np.array(CHANNELS_LAST)))
     if halves:
         maps = op.convert(maps, "bf16")
-    found = GroupNorm([maps.output(0), *(op.constant(x).output(0) for x in (affine.gamma, affine.beta))], grouped[1],
-                      attributes["eps"], silu, steps, threads)
+    found = GroupNorm([maps.output(0), *constants(affine.gamma, affine.beta)], grouped[1],
+                      mvn.get_attributes()["eps"], silu, steps, threads)
     found.set_friendly_name(mvn.get_friendly_name())
     _go_on(floats, found, [batch, height * width, channels])
 
@@ -142,11 +142,8 @@ class _Floats(NamedTuple):
 def _floats(whole: Node) -> _Floats | None:
     """Where int8 numbers have become floats again, and what 1 of them is then."""
     node, scale = whole, 1.0
-    while (reader := only_reader(node)) is not None and (kind := reader.get_type_name()) in ALONE:
-        if kind != "Convert":
-            number = number_of(reader.input_value(1))
-            if number is None or (kind == "Subtract" and number != 0):
-                return None
-            scale *= number if kind == "Multiply" else 1.0
-        node = reader
+    while (reader := only_reader(node)) is not None and reader.get_type_name() in ALONE:
+        if (factor := factor_of(reader)) is None:
+            return None
+        scale, node = scale * factor, reader
     return None if node is whole else _Floats(node, scale)

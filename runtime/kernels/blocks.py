@@ -22,11 +22,8 @@ def feed_forward(
     and summand. Raises BadInput for arrays that do not fit or a CPU without AMX, MemoryError.
     """
     library, (width, hidden) = compiled(), (x.shape[-1], inner.shape[-1])
-    if (library is None or AMX not in attention_kernels() or width % DEPTH or hidden % DEPTH or 0 in x.shape
-            or x.shape != out.shape or x.itemsize != 2 or out.itemsize != 2
-            or (first.size, second.size) != (2 * width * hidden, width * hidden)
-            or (norm.shape, inner.shape, outer.shape) != ((2, width), (4, hidden), (2, width))
-            or not all(array.flags.c_contiguous for array in (x, norm, first, inner, second, outer, out))):
+    if (library is None or not _fit(x, norm, outer, out, first, inner, second) or hidden % DEPTH
+            or (first.size, second.size) != (2 * width * hidden, width * hidden) or inner.shape != (4, hidden)):
         raise BadInput(f"a feed-forward block of {x.shape} and {hidden} does not fit, or this CPU has no AMX; pass "
                        f"whole arrays of multiples of {DEPTH}")
     failed = library.caphuman_feed_forward(
@@ -51,13 +48,10 @@ def attention_block(
     """
     library, (batch, tokens, width) = compiled(), x.shape
     outputs = width if known else 3 * width
-    arrays = [x, norm, first, inner, last, outer, out, *(known or ())]
-    if (library is None or AMX not in attention_kernels() or width % DEPTH or width % heads
-            or not takes_heads(AMX, width // heads) or x.shape != out.shape or x.itemsize != 2 or out.itemsize != 2
+    if (library is None or not _fit(x, norm, outer, out, first, inner, last, *(known or ())) or width % heads
+            or not takes_heads(AMX, width // heads) or inner.shape != (2, outputs)
             or (first.size, last.size) != (width * outputs, width * width)
-            or (norm.shape, inner.shape, outer.shape) != ((2, width), (2, outputs), (2, width))
             or any((array.shape[0], array.shape[2]) != (batch, width) for array in known or ())
-            or any(0 in array.shape or not array.flags.c_contiguous for array in arrays)
             or (known and known[0].shape != known[1].shape)):
         raise BadInput(f"an attention block of {x.shape} in {heads} heads does not fit, or this CPU has no AMX; pass "
                        f"whole arrays of multiples of {DEPTH}")
@@ -69,6 +63,14 @@ def attention_block(
         out.ctypes.data, threads)
     if failed:
         raise MemoryError(f"an attention block of {x.shape} needs more memory than there is; close other programs")
+
+
+def _fit(x: np.ndarray, norm: np.ndarray, outer: np.ndarray, out: np.ndarray, *others: np.ndarray) -> bool:
+    """Whether this CPU has the unit and the arrays are what both blocks ask for."""
+    width, arrays = x.shape[-1], (x, norm, outer, out, *others)
+    return (AMX in attention_kernels() and width % DEPTH == 0 and x.shape == out.shape
+            and x.itemsize == out.itemsize == 2 and norm.shape == outer.shape == (2, width)
+            and all(0 not in array.shape and array.flags.c_contiguous for array in arrays))
 
 
 def panels(weights: Int8[np.ndarray, "k n"]) -> Int8[np.ndarray, "n/32 k/64 2 16 16 4"]:

@@ -3,7 +3,6 @@
 // OpenVINO's wants channels first and copies before and after. These loops are plain: the compiler makes vectors of them,
 // once for each generation of CPUs.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -126,10 +125,11 @@ class Call {
 
     // What every thread does: sums of slices, then, when all are there, the slices themselves.
     void work(std::vector<float> &one, std::vector<float> &two) {
-        for (int64_t i; (i = next_sum++) < slices; summed++) add_slice(i, one, two);
-        while (summed < slices) std::this_thread::yield();
+        summing.work(slices, [&](int64_t i) { add_slice(i, one, two); });
         find_scales(one, two);
-        for (int64_t i; (i = next_slice++) < slices;) write(n, first_of(i), first_of(i + 1) - first_of(i), one.data(), two.data());
+        writing.work(slices, [&](int64_t i) {
+            write(n, first_of(i), first_of(i + 1) - first_of(i), one.data(), two.data());
+        });
     }
 
   private:
@@ -137,7 +137,7 @@ class Call {
     const int64_t slices;
     std::vector<float> base;  // the first row: near the mean, so that little is lost by taking squares' difference
     std::vector<Moments> moments;
-    std::atomic<int64_t> next_sum{0}, summed{0}, next_slice{0};
+    caphuman::Stage summing, writing;
 
     int64_t first_of(int64_t slice) const { return slice * n.rows / slices; }
 

@@ -10,6 +10,7 @@ from caphuman_edge.runtime.selftest import psnr_db
 
 openvino = pytest.importorskip("openvino")
 op = pytest.importorskip("openvino.opset13")
+ours = pytest.importorskip("caphuman_edge.runtime.backends.openvino_blocks")
 feed_forward = pytest.importorskip("caphuman_edge.runtime.backends.openvino_feed_forward")
 attention_block = pytest.importorskip("caphuman_edge.runtime.backends.openvino_attention_block")
 pytestmark = pytest.mark.skipif(AMX not in attention_kernels(), reason="this CPU has no AMX, or no kernel was compiled")
@@ -116,8 +117,7 @@ def to_known(**settings):
 
 
 def blocks(model):
-    feed_forward.use_feed_forward(model, 2)
-    attention_block.use_attention_block(model, 2)
+    ours.use_blocks(model, (feed_forward.feed_forward_of, attention_block.attention_block_of), 2)
     return [node.get_type_name() for node in model.get_ordered_ops()
             if node.get_type_name() in ("FeedForward", "AttentionBlock")]
 
